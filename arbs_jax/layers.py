@@ -1,0 +1,120 @@
+"""Flax Linen modules over ternary state: nothing in "params", integer leaves in the collection "ternary".
+
+Each matrix also reads two optional collections: "probes", whose cotangent is the matrix's vote (`arbs_jax.votes`), and
+"dense", a weight decoded once for inference (`arbs_jax.votes.decode_tree`). The collection "ternary_spec" is written on
+request only and tells the logical shape of every matrix.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from arbs_jax.rules import Integral, Rule
+from arbs_jax.state import BASE_LEAVES, InitConfig, MatrixSpec, init_matrix
+from arbs_kernels.autodiff import MatmulSpec, ternary_gather, ternary_matmul
+
+COLLECTION = "ternary"
+PROBES = "probes"
+DENSE = "dense"
+SPECS = "ternary_spec"
+
+
+@dataclass(frozen=True)
+class TernaryConfig:
+    """What every ternary matrix of a model shares."""
+
+    rule: Rule = Integral()
+    """Learning rule; the forward pass needs it for the scale law."""
+    group_size: int = 32
+    """`G`, columns that share one scale."""
+    init: InitConfig = InitConfig()
+    """Distribution of fresh state."""
+    implementation: str | None = None
+    """Implementation of the packed operators; None takes the best that works."""
+
+
+class _TernaryMatrix(nn.Module):
+    """Declares the leaves of one matrix in the calling module's scope; the base of the layers below."""
+
+    config: TernaryConfig = TernaryConfig()
+
+    def _matrix(self, spec: MatrixSpec) -> tuple[dict[str, jax.Array], dict[str, jax.Array] | None]:
+        """The leaves, and the probe if there is one."""
+        config = self.config
+        fresh: dict[str, jax.Array] = {}
+
+        def leaf(name: str) -> jax.Array:
+            if not fresh:
+                fresh.update(init_matrix(self.make_rng("params"), spec, config.init))
+            return fresh[name]
+
+        leaves = {name: self.variable(COLLECTION, name, leaf, name).value for name in BASE_LEAVES}
+        if not self.is_initializing():
+            self.sow(SPECS, "spec", spec, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        kinds = [name for name in (config.rule.probe, "count") if self.has_variable(PROBES, name)]
+        probe = {name: self.get_variable(PROBES, name) for name in kinds} or None
+        return leaves, probe
+
+    def _matmul_spec(self, spec: MatrixSpec) -> MatmulSpec:
+        return MatmulSpec(spec.in_features, spec.group_size, self.config.rule, self.config.implementation)
+
+
+class TernaryDense(_TernaryMatrix):
+    """`y = x W^T` with ternary `W (features, K)` and no bias; `(..., K)` to `(..., features)` in the dtype of `x`."""
+
+    features: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.has_variable(DENSE, "weight"):
+            return x @ self.get_variable(DENSE, "weight").astype(x.dtype).T
+        spec = MatrixSpec(self.features, x.shape[-1], self.config.group_size)
+        leaves, probe = self._matrix(spec)
+        return ternary_matmul(x, leaves, self._matmul_spec(spec), probe)
+
+
+class TernaryEmbed(_TernaryMatrix):
+    """A table `W (num_embeddings, features)`: rows by id, and through `attend` a tied output head.
+
+    The forward pass of an id past the table clamps it, as JAX gathers do; check ids where they enter.
+    """
+
+    num_embeddings: int = 0
+    features: int = 0
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        # A looked-up row is not a sum over inputs: its fan-in is 1.
+        spec = MatrixSpec(self.num_embeddings, self.features, self.config.group_size, fan_in=1)
+        self._static = self._matmul_spec(spec)
+        if not self.has_variable(DENSE, "weight"):
+            self._leaves, self._probe = self._matrix(spec)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Rows of integer `ids (...)`: `(..., features)` in `dtype`."""
+        if self.has_variable(DENSE, "weight"):
+            return self.get_variable(DENSE, "weight")[ids].astype(self.dtype)
+        return ternary_gather(ids, self._leaves, self._static, self.dtype, self._probe)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Scores of every row, `(..., features)` to `(..., num_embeddings)`: the tied output head."""
+        if self.has_variable(DENSE, "weight"):
+            return x @ self.get_variable(DENSE, "weight").astype(x.dtype).T
+        return ternary_matmul(x, self._leaves, self._static, self._probe)
+
+
+class TernaryRMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis with the identity weight: no state at all.
+
+    The statistics are float32 whatever the dtype of `x`.
+    """
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        return (x32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)

@@ -1,0 +1,189 @@
+"""A decoder-only byte language model with ternary matrices throughout.
+
+Today's standard block (as in Qwen3, whose weights it could hold matrix for matrix): pre-RMSNorm, rotary positions,
+RMS-normalised queries and keys, grouped-query attention, a SiLU-gated MLP; norms carry the identity weight. Arrays are
+suffixed by their axes: B batch, T positions, S cached positions, D width, H heads, K key/value heads, C head channels.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from arbs_jax.errors import ConfigError
+from arbs_jax.layers import COLLECTION, DENSE, PROBES, SPECS, TernaryConfig, TernaryDense, TernaryEmbed, TernaryRMSNorm
+
+VOCABULARY = 288
+"""256 bytes and 32 specials."""
+
+Cache = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a byte model."""
+
+    width: int = 128
+    """Channels of the residual stream."""
+    layers: int = 2
+    """Blocks."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 2
+    """Key/value heads; divides `heads`."""
+    head_dim: int = 32
+    """Channels of a head, even."""
+    hidden: int = 352
+    """Channels of the gated MLP."""
+    context: int = 1024
+    """Longest sequence the model is meant for, in bytes."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    tied: bool = False
+    """Whether the output head is the embedding table."""
+    dtype: str = "float32"
+    """Activations: "float32" or "bfloat16"."""
+    remat: bool = True
+    """Recompute each block in backward in place of keeping its activations."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "kv_heads", "head_dim", "hidden", "context"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"model.kv_heads must divide model.heads, got {self.kv_heads} and {self.heads}")
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim must be even for rotary positions, got {self.head_dim}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"model.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
+
+
+def rotate(x_BxTxHxC: jax.Array, positions_T: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (Su et al., 2021) on the two halves of the channels, angles in float32."""
+    half = x_BxTxHxC.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_Tx1xC = positions_T[:, None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle_Tx1xC).astype(x_BxTxHxC.dtype), jnp.sin(angle_Tx1xC).astype(x_BxTxHxC.dtype)
+    first, second = x_BxTxHxC[..., :half], x_BxTxHxC[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; with a cache, new positions attend to what it holds and are written into it."""
+
+    config: ModelConfig
+    ternary: TernaryConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, cache: Cache | None, start: jax.Array | int):
+        config = self.config
+        batch, length = x_BxTxD.shape[:2]
+
+        def heads(name: str, count: int) -> jax.Array:
+            flat = TernaryDense(features=count * config.head_dim, config=self.ternary, name=name)(x_BxTxD)
+            return flat.reshape(batch, length, count, config.head_dim)
+
+        positions_T = start + jnp.arange(length)
+        q_BxTxHxC = rotate(TernaryRMSNorm()(heads("q_proj", config.heads)), positions_T, config.rope_theta)
+        k_BxTxKxC = rotate(TernaryRMSNorm()(heads("k_proj", config.kv_heads)), positions_T, config.rope_theta)
+        v_BxTxKxC = heads("v_proj", config.kv_heads)
+        if cache is None:
+            y_BxTxHxC = jax.nn.dot_product_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, is_causal=True)
+        else:
+            at = (0, start, 0, 0)
+            cache = {
+                "k": jax.lax.dynamic_update_slice(cache["k"], k_BxTxKxC.astype(cache["k"].dtype), at),
+                "v": jax.lax.dynamic_update_slice(cache["v"], v_BxTxKxC.astype(cache["v"].dtype), at),
+            }
+            visible_TxS = jnp.arange(cache["k"].shape[1]) <= positions_T[:, None]
+            y_BxTxHxC = jax.nn.dot_product_attention(q_BxTxHxC, cache["k"], cache["v"], mask=visible_TxS[None, None])
+        flat = y_BxTxHxC.reshape(batch, length, config.heads * config.head_dim)
+        return TernaryDense(features=config.width, config=self.ternary, name="o_proj")(flat), cache
+
+
+class MLP(nn.Module):
+    """SiLU-gated feed-forward."""
+
+    config: ModelConfig
+    ternary: TernaryConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        gate = TernaryDense(features=self.config.hidden, config=self.ternary, name="gate_proj")(x_BxTxD)
+        up = TernaryDense(features=self.config.hidden, config=self.ternary, name="up_proj")(x_BxTxD)
+        return TernaryDense(features=self.config.width, config=self.ternary, name="down_proj")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One transformer block: `(x, cache, start) -> (x, cache)`."""
+
+    config: ModelConfig
+    ternary: TernaryConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0):
+        attended, cache = Attention(self.config, self.ternary, name="attention")(
+            TernaryRMSNorm()(x_BxTxD), cache, start
+        )
+        x_BxTxD = x_BxTxD + attended
+        return x_BxTxD + MLP(self.config, self.ternary, name="mlp")(TernaryRMSNorm()(x_BxTxD)), cache
+
+
+def embedding(config: ModelConfig, ternary: TernaryConfig, name: str | None = None) -> TernaryEmbed:
+    """The byte table."""
+    return TernaryEmbed(
+        num_embeddings=VOCABULARY, features=config.width, dtype=jnp.dtype(config.dtype), config=ternary, name=name
+    )
+
+
+def output_head(ternary: TernaryConfig, name: str | None = None) -> TernaryDense:
+    """The untied projection to logits."""
+    return TernaryDense(features=VOCABULARY, config=ternary, name=name)
+
+
+class ByteLM(nn.Module):
+    """Tokens `(B, T)` to float32 logits `(B, T, 288)`; with a cache also returns the cache after these tokens.
+
+    State tree: `embed`, `blocks` (every leaf stacked over layers), and `head` unless tied.
+    """
+
+    config: ModelConfig
+    ternary: TernaryConfig
+
+    @nn.compact
+    def __call__(self, tokens_BxT: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0):
+        config = self.config
+        embed = embedding(config, self.ternary, name="embed")
+        block = nn.remat(Block, prevent_cse=False) if config.remat and cache is None else Block
+        blocks = nn.scan(
+            block,
+            variable_axes={COLLECTION: 0, PROBES: 0, DENSE: 0, SPECS: 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            out_axes=0,
+            length=config.layers,
+        )(config, self.ternary, name="blocks")
+        x_BxTxD, cache = blocks(embed(tokens_BxT), cache, start)
+        x_BxTxD = TernaryRMSNorm()(x_BxTxD)
+        logits = embed.attend(x_BxTxD) if config.tied else output_head(self.ternary, name="head")(x_BxTxD)
+        logits_BxTxV = logits.astype(jnp.float32)
+        return logits_BxTxV if cache is None else (logits_BxTxV, cache)
+
+
+def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
+    """Key/value cache for `length` positions: `k` and `v` of shape (layers, batch, length, kv_heads, head_dim).
+
+    Raises:
+        ConfigError: `length` is beyond the model's context.
+    """
+    if length > config.context:
+        raise ConfigError(f"a cache of {length} positions exceeds the model's context of {config.context}")
+    shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
+    return {name: jnp.zeros(shape, config.dtype) for name in ("k", "v")}
+
+
+def cross_entropy(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+    """Nats per byte at every position, float32 (B, T)."""
+    chosen = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None].astype(jnp.int32), axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BxTxV, axis=-1) - chosen

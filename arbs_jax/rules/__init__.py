@@ -1,0 +1,8 @@
+"""Learning rules: how votes move the integer state."""
+
+from arbs_jax.rules.base import Rule, Votes
+from arbs_jax.rules.bigint import BigInt
+from arbs_jax.rules.integral import Integral
+from arbs_jax.rules.schedule import Schedule
+
+__all__ = ["BigInt", "Integral", "Rule", "Schedule", "Votes"]

@@ -1,0 +1,210 @@
+"""Backward and update in one sweep, a layer at a time: no vote or gradient outlives the layer it belongs to.
+
+A model is a chain of stages (`arbs_jax.models.stages`). Forward keeps what each stage needs to be differentiated;
+backward walks the chain from the loss, and as soon as the votes of a layer are known its integer state is replaced in
+place. Repeated blocks are one stage whose state is stacked over layers. Micro-batches are an axis *inside* each stage:
+every layer takes the votes of all of them before it moves, so accumulation costs one layer's votes, not the model's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from arbs_jax.layers import COLLECTION, PROBES
+from arbs_jax.models.stages import Carry, Stage, Subtrees
+from arbs_jax.rules import Rule
+from arbs_jax.state import MatrixSpec, flatten_specs, map_matrices
+from arbs_jax.votes import make_probes, matrix_key
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A forward/backward/update pass over stages; holds what is static."""
+
+    stages: tuple[Stage, ...]
+    rule: Rule
+    specs: Any
+    """Specs nested like the state."""
+    remat: bool = True
+    """Keep only each layer's input between forward and backward, and run the layer again there."""
+    axis_name: str | None = None
+    """Mapped axis over which votes are summed and the loss averaged, under `shard_map` or `pmap`."""
+
+    def __call__(
+        self, ternary: Subtrees, batch: Any, step: jax.Array, key: jax.Array, blocked: jax.Array
+    ) -> tuple[Subtrees, jax.Array, jax.Array]:
+        """One step.
+
+        Args:
+            ternary: integer state, a dict of subtrees.
+            batch: pytree whose leaves have a leading micro-batch axis A.
+            step: int32 (), updates taken before this one.
+            key: seeds the votes of rules that sample; already specific to this run, step and data shard.
+            blocked: bool (); when true the state is returned unchanged.
+
+        Returns:
+            (state, mean loss float32 (), whether the state moved bool ()). A loss that is not finite blocks the update.
+        """
+        saved, loss = self._forward(ternary, batch)
+        if self.axis_name is not None:
+            loss = jax.lax.pmean(loss, self.axis_name)
+        moves = jnp.isfinite(loss) & ~blocked
+        ternary = self._backward(ternary, saved, batch, step, key, moves)
+        return ternary, loss, moves
+
+    def _forward(self, ternary: Subtrees, batch: Any) -> tuple[list[Any], jax.Array]:
+        carry: Carry = None
+        saved = []
+        for stage in self.stages:
+            subtrees = {name: ternary[name] for name in stage.keys}
+            if stage.stacked:
+                (name,) = stage.keys
+
+                def layer(carry: Carry, subtree: Any, stage: Stage = stage, name: str = name) -> tuple[Carry, Any]:
+                    return self._micro_forward(stage, {name: subtree}, carry, batch)
+
+                carry, kept = jax.lax.scan(layer, carry, subtrees[name])
+            else:
+                carry, kept = self._micro_forward(stage, subtrees, carry, batch)
+            saved.append(kept)
+        return saved, jnp.mean(carry)
+
+    def _backward(
+        self, ternary: Subtrees, saved: list[Any], batch: Any, step: jax.Array, key: jax.Array, moves: jax.Array
+    ) -> Subtrees:
+        ternary = dict(ternary)
+        micro = jax.tree.leaves(batch)[0].shape[0]
+        cotangent: Carry = jnp.ones((micro,), jnp.float32)
+        pending: dict[str, Any] = {}
+        for position in reversed(range(len(self.stages))):
+            stage = self.stages[position]
+            if stage.stacked:
+                (name,) = stage.keys
+                cotangent, ternary[name] = self._stacked_backward(
+                    stage, ternary[name], saved[position], cotangent, batch, step, key, moves
+                )
+                continue
+            subtrees = {name: ternary[name] for name in stage.keys}
+            cotangent, votes = self._micro_backward(stage, subtrees, saved[position], cotangent, batch, key)
+            for name in stage.keys:
+                total = jax.tree.map(jnp.add, pending.pop(name), votes[name]) if name in pending else votes[name]
+                if any(name in earlier.keys for earlier in self.stages[:position]):
+                    pending[name] = total
+                else:
+                    ternary[name] = self._moved(name, ternary[name], total, step, key, moves)
+        return ternary
+
+    def _stacked_backward(
+        self,
+        stage: Stage,
+        stack: Any,
+        saved: Any,
+        cotangent: Carry,
+        batch: Any,
+        step: jax.Array,
+        key: jax.Array,
+        moves: jax.Array,
+    ) -> tuple[Carry, Any]:
+        (name,) = stage.keys
+        layers = jax.tree.leaves(stack)[0].shape[0]
+
+        # The stack is carried, not scanned over: a loop updates its carry in place, where scanned inputs and outputs
+        # would be two copies of the state.
+        def layer(carry: tuple[Carry, Any], entry: tuple[jax.Array, Any]) -> tuple[tuple[Carry, Any], None]:
+            cotangent, stack = carry
+            index, kept = entry
+            subtree = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
+            layer_key = jax.random.fold_in(key, index + 1)
+            cotangent, votes = self._micro_backward(stage, {name: subtree}, kept, cotangent, batch, layer_key)
+            moved = self._moved(name, subtree, votes[name], step, layer_key, moves)
+            stack = jax.tree.map(
+                lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, index, 0), stack, moved
+            )
+            return (cotangent, stack), None
+
+        indices = jnp.arange(layers, dtype=jnp.int32)
+        (cotangent, stack), _ = jax.lax.scan(layer, (cotangent, stack), (indices, saved), reverse=True)
+        return cotangent, stack
+
+    def _micro_forward(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any]:
+        """The stage over every micro-batch: (carries stacked over A, what backward needs stacked over A)."""
+
+        def one(entry: tuple[Carry, Any]) -> tuple[Carry, Any]:
+            carry, batch = entry
+            if self.remat:
+                return stage.apply({COLLECTION: subtrees}, carry, batch), carry
+            return self._vjp(stage, subtrees, carry, batch)
+
+        return _map_micro(one, (carry, batch))
+
+    def _micro_backward(
+        self, stage: Stage, subtrees: Subtrees, saved: Any, cotangent: Carry, batch: Any, key: jax.Array
+    ) -> tuple[Carry, Subtrees]:
+        """(cotangents of the carry stacked over A, votes summed over A and over the mapped axis)."""
+        specs = {name: flatten_specs(self.specs[name], name) for name in stage.keys}
+
+        def one(entry: tuple[Any, Carry, Any, jax.Array]) -> tuple[Carry, Subtrees]:
+            kept, cotangent, batch, index = entry
+            pull = self._vjp(stage, subtrees, kept, batch)[1] if self.remat else kept
+            collected, cotangent = pull(cotangent)
+            micro_key = jax.random.fold_in(key, index)
+            votes = {
+                name: map_matrices(
+                    lambda path, _, found, by_path=specs[name]: self.rule.vote(
+                        found, by_path[path], matrix_key(micro_key, path)
+                    ),
+                    subtrees[name],
+                    collected[name],
+                    prefix=name,
+                )
+                for name in stage.keys
+            }
+            return cotangent, votes
+
+        micro = jax.tree.leaves(batch)[0].shape[0]
+        indices = jnp.arange(micro, dtype=jnp.int32)
+        cotangent, votes = _map_micro(one, (saved, cotangent, batch, indices), summed=True)
+        if self.axis_name is not None:
+            votes = jax.tree.map(lambda leaf: jax.lax.psum(leaf, self.axis_name), votes)
+        return cotangent, votes
+
+    def _vjp(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any]:
+        probes = {name: make_probes(subtrees[name], self.specs[name], self.rule) for name in stage.keys}
+
+        def run(probes: Any, carry: Carry) -> Carry:
+            return stage.apply({COLLECTION: subtrees, PROBES: probes}, carry, batch)
+
+        return jax.vjp(run, probes, carry)
+
+    def _moved(self, name: str, subtree: Any, votes: Any, step: jax.Array, key: jax.Array, moves: jax.Array) -> Any:
+        """The subtree after its votes, or as it was where `moves` is false."""
+        by_path: dict[str, MatrixSpec] = flatten_specs(self.specs[name], name)
+
+        def one(path: str, matrix: Any, cast: Any) -> Any:
+            new = self.rule.update(dict(matrix), cast, by_path[path], step, matrix_key(key, path))
+            return jax.tree.map(lambda after, before: jnp.where(moves, after, before), new, dict(matrix))
+
+        return map_matrices(one, subtree, votes, prefix=name)
+
+
+def _map_micro(function: Callable[[Any], tuple[Any, Any]], entries: Any, *, summed: bool = False) -> tuple[Any, Any]:
+    """`function` over the leading axis of `entries`, one at a time; its second result stacked, or summed exactly."""
+    micro = jax.tree.leaves(entries)[0].shape[0]
+    first = jax.tree.map(lambda leaf: leaf[0], entries)
+    if micro == 1:
+        out, extra = function(first)
+        lift = lambda tree: jax.tree.map(lambda leaf: leaf[None], tree)  # noqa: E731
+        return lift(out), extra if summed else lift(extra)
+    if not summed:
+        return jax.lax.map(function, entries)
+
+    def body(total: Any, entry: Any) -> tuple[Any, Any]:
+        out, extra = function(entry)
+        return jax.tree.map(jnp.add, total, extra), out
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first)[1])
+    total, out = jax.lax.scan(body, zeros, entries)
+    return out, total

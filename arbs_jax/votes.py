@@ -1,0 +1,112 @@
+"""From a loss over a Linen model to integer votes, and from votes to the next state: the five-line training loop."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from arbs_jax.layers import COLLECTION, PROBES, SPECS
+from arbs_jax.rules import Rule
+from arbs_jax.state import MatrixSpec, Tree, flatten_specs, map_matrices
+from arbs_kernels.autodiff import make_probe
+from arbs_kernels.decode import decode
+
+
+def matrix_specs(model: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str, Any]:
+    """Logical shapes of every ternary matrix of a Linen model, nested like its "ternary" collection.
+
+    Traces the model on `inputs` (arrays or `jax.ShapeDtypeStruct`s); nothing is allocated or computed.
+    """
+
+    def trace(*arrays: Any) -> Any:
+        variables = model.init(jax.random.key(0), *arrays, **kwargs)
+        return model.apply(variables, *arrays, mutable=[SPECS], **kwargs)[1].get(SPECS, {})
+
+    return _unwrap(jax.eval_shape(trace, *inputs))
+
+
+def _unwrap(node: Any) -> Any:
+    if set(node) == {"spec"} and isinstance(node["spec"], MatrixSpec):
+        return node["spec"]
+    return {name: _unwrap(child) for name, child in node.items()}
+
+
+def make_probes(ternary: Tree, specs: Tree, rule: Rule) -> Any:
+    """Zero probes for the collection "probes", nested like `ternary`; stacked matrices get stacked probes."""
+    by_path = flatten_specs(specs)
+
+    def probe(path: str, matrix: Any) -> dict[str, jax.Array]:
+        spec = by_path[path]
+        single = make_probe(rule.probe, spec.out_features, spec.in_features, spec.group_size)
+        stack = matrix["votes"].shape
+        return jax.tree.map(lambda leaf: jnp.zeros(stack + leaf.shape, leaf.dtype), single)
+
+    return map_matrices(probe, ternary)
+
+
+def value_and_votes(
+    loss: Callable[..., jax.Array], rule: Rule, specs: Tree
+) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
+    """Like `jax.value_and_grad`, with integer votes for gradients.
+
+    Args:
+        loss: `loss(variables, *args) -> scalar`, with `variables` to hand to `model.apply`.
+        rule: says what to collect.
+        specs: `matrix_specs(model, ...)`.
+
+    Returns:
+        `function(ternary, *args, key=None) -> (loss, votes)`; `votes` is nested like `ternary` and adds up exactly over
+        micro-batches and devices. `key` seeds the rules that sample; it is not needed for rules that vote by score.
+    """
+    by_path = flatten_specs(specs)
+
+    def run(ternary: Tree, *args: Any, key: jax.Array | None = None) -> tuple[jax.Array, dict[str, Any]]:
+        base = jax.random.key(0) if key is None else key
+
+        def with_probes(probes: Any) -> jax.Array:
+            return loss({COLLECTION: ternary, PROBES: probes}, *args)
+
+        value, collected = jax.value_and_grad(with_probes)(make_probes(ternary, specs, rule))
+        votes = map_matrices(
+            lambda path, _, found: rule.vote(found, by_path[path], matrix_key(base, path)), ternary, collected
+        )
+        return value, votes
+
+    return run
+
+
+def update(rule: Rule, specs: Tree, ternary: Tree, votes: Tree, step: jax.Array | int, key: jax.Array | None = None):
+    """The state after the summed `votes`; `step` counts updates from 0. Pure: integers in, integers out."""
+    by_path = flatten_specs(specs)
+    base = jax.random.key(0) if key is None else key
+    at = jnp.asarray(step, jnp.int32)
+    return map_matrices(
+        lambda path, matrix, cast: rule.update(dict(matrix), cast, by_path[path], at, matrix_key(base, path)),
+        ternary,
+        votes,
+    )
+
+
+def matrix_key(key: jax.Array, path: str) -> jax.Array:
+    """A key for the matrix at `path`: from its name alone, so that it depends neither on order nor on neighbours."""
+    number = 2166136261
+    for byte in path.encode():
+        number = (number ^ byte) * 16777619 % 2**32
+    return jax.random.fold_in(key, number)
+
+
+def decode_tree(ternary: Tree, specs: Tree, rule: Rule, dtype: jnp.dtype) -> Any:
+    """Effective weights of every matrix for the collection "dense": each matrix's node becomes `{"weight": (N, K)}`.
+
+    For inference where memory allows: the weights are decoded once in place of once a call.
+    """
+    by_path = flatten_specs(specs)
+
+    def weight(path: str, matrix: Any) -> dict[str, jax.Array]:
+        spec = by_path[path]
+        scale = rule.scale(matrix, spec.group_size)
+        return {"weight": decode(matrix["trits"], scale, spec.in_features, spec.group_size, dtype)}
+
+    return map_matrices(weight, ternary)

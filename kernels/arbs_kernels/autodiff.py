@@ -1,0 +1,174 @@
+"""The operators joined for differentiation: input gradients as usual, votes as the cotangent of a probe.
+
+A *probe* is a dict of float32 zeros that only exists to be differentiated: `jax.grad` with respect to it returns the
+integer vote of this backward contribution (as float32, exact below 2^24). Its keys choose what is collected:
+
+- `"score"`, shape (N, R): the correlation score;
+- `"gradient"`, shape (N, K): dL/dW itself, for rules that sample it; it should not outlive the layer;
+- `"count"`, shape (): 1 for every use of the matrix, so that repeated use counts its votes.
+
+Only the activations and the integer leaves are saved for backward; the scale and the weight are made again there.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from arbs_kernels.correlation_score import correlation_score, score_of_gradient, weight_gradient
+from arbs_kernels.packed_matmul import packed_matmul, packed_matmul_input_gradient
+from arbs_kernels.row_gather import packed_row_gather
+from arbs_kernels.shapes import group_count
+
+Leaves = Mapping[str, jax.Array]
+Probe = Mapping[str, jax.Array]
+
+
+class ScaleLaw(Protocol):
+    """How a rule reads its integer leaves; hashable and compared by value, as a frozen dataclass is."""
+
+    def scale(self, leaves: Leaves, group_size: int) -> jax.Array:
+        """Group scales `S`, float32 (..., N, R), of the leaves of one matrix."""
+        ...
+
+
+@dataclass(frozen=True)
+class MatmulSpec:
+    """What a ternary product needs to know at trace time; hashable."""
+
+    in_features: int
+    """`K`, columns of the matrix."""
+    group_size: int
+    """`G`, columns that share one scale."""
+    law: ScaleLaw
+    """Makes the group scales from the leaves."""
+    implementation: str | None = None
+    """Implementation of the operators, None for the best that works."""
+
+
+def make_probe(kind: str, out_features: int, in_features: int, group_size: int) -> dict[str, jax.Array]:
+    """Zeros whose cotangent is the vote: `kind` is "score" or "gradient".
+
+    Raises:
+        ValueError: another kind.
+    """
+    shapes = {
+        "score": (out_features, group_count(in_features, group_size)),
+        "gradient": (out_features, in_features),
+    }
+    if kind not in shapes:
+        raise ValueError(f"a probe is of kind 'score' or 'gradient', got {kind!r}")
+    return {kind: jnp.zeros(shapes[kind], jnp.float32), "count": jnp.zeros((), jnp.float32)}
+
+
+def ternary_matmul(x: jax.Array, leaves: Leaves, spec: MatmulSpec, probe: Probe | None = None) -> jax.Array:
+    """`y = x W^T` for `x (..., K)` in float32 or bfloat16; differentiable in `x` and in `probe`.
+
+    Args:
+        x: activations, last axis K.
+        leaves: integer state of one matrix, at least `trits` and whatever `spec.law` reads.
+        spec: static description.
+        probe: see the module; None collects no votes.
+
+    Returns:
+        `(..., N)` in the dtype of `x`.
+    """
+    rows = x.reshape(-1, spec.in_features)
+    y = _matmul(spec, rows, dict(leaves), None if probe is None else dict(probe))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def ternary_gather(
+    ids: jax.Array, leaves: Leaves, spec: MatmulSpec, dtype: jnp.dtype, probe: Probe | None = None
+) -> jax.Array:
+    """Rows `W[ids]`, shape `(*ids.shape, K)` in `dtype`; differentiable in `probe`.
+
+    Occurrences of one row within the call are summed before the sign is taken: they are one vote. The summed gradient
+    has the shape of the table, so this is for vocabularies; tables of millions of rows probe the gathered rows.
+    """
+    return _gather(spec, jnp.dtype(dtype), ids, dict(leaves), None if probe is None else dict(probe))
+
+
+def _votes(probe: Probe | None, dw: Callable[[], jax.Array], score: Callable[[], jax.Array]) -> dict | None:
+    if probe is None:
+        return None
+    collected = {"count": jnp.ones((), jnp.float32)}
+    if "score" in probe:
+        collected["score"] = score().astype(jnp.float32)
+    if "gradient" in probe:
+        collected["gradient"] = dw()
+    return {key: collected[key] for key in probe}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None) -> jax.Array:
+    return packed_matmul(
+        x,
+        leaves["trits"],
+        spec.law.scale(leaves, spec.group_size),
+        group_size=spec.group_size,
+        implementation=spec.implementation,
+    )
+
+
+def _matmul_forward(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None):
+    return _matmul(spec, x, leaves, probe), (x, leaves, probe)
+
+
+def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
+    x, leaves, probe = saved
+    dy = dy.astype(x.dtype)
+    dx = packed_matmul_input_gradient(
+        dy,
+        leaves["trits"],
+        spec.law.scale(leaves, spec.group_size),
+        in_features=spec.in_features,
+        group_size=spec.group_size,
+        implementation=spec.implementation,
+    )
+    votes = _votes(
+        probe,
+        dw=lambda: weight_gradient(x, dy),
+        score=lambda: correlation_score(
+            x, dy, leaves["trits"], group_size=spec.group_size, implementation=spec.implementation
+        ),
+    )
+    return dx, None, votes
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(spec: MatmulSpec, dtype: jnp.dtype, ids: jax.Array, leaves: dict, probe: dict | None) -> jax.Array:
+    return packed_row_gather(
+        ids,
+        leaves["trits"],
+        spec.law.scale(leaves, spec.group_size),
+        in_features=spec.in_features,
+        group_size=spec.group_size,
+        dtype=dtype,
+        implementation=spec.implementation,
+    )
+
+
+def _gather_forward(spec: MatmulSpec, dtype: jnp.dtype, ids: jax.Array, leaves: dict, probe: dict | None):
+    return _gather(spec, dtype, ids, leaves, probe), (ids, leaves, probe)
+
+
+def _gather_backward(spec: MatmulSpec, dtype: jnp.dtype, saved, dy: jax.Array):
+    ids, leaves, probe = saved
+
+    def dw() -> jax.Array:
+        rows = dy.reshape(-1, spec.in_features).astype(jnp.float32)
+        table = jnp.zeros((leaves["trits"].shape[0], spec.in_features), jnp.float32)
+        return table.at[ids.reshape(-1)].add(rows)
+
+    votes = _votes(probe, dw=dw, score=lambda: score_of_gradient(dw(), leaves["trits"], group_size=spec.group_size))
+    return None, None, votes
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

@@ -1,0 +1,41 @@
+"""The integer vote of one backward contribution: per group, how far the gradient's signs agree with the trits."""
+
+import jax
+import jax.numpy as jnp
+
+from arbs_kernels.correlation_score import reference
+from arbs_kernels.selection import select
+from arbs_kernels.shapes import check_activations, check_matrix, group_count
+
+SCORE = {"xla": reference.score}
+
+
+def correlation_score(
+    x: jax.Array, dy: jax.Array, trits: jax.Array, *, group_size: int, implementation: str | None = None
+) -> jax.Array:
+    """`score = sum over the group's columns of sign(dL/dW) * T`, with `dL/dW = dy^T x` accumulated in float32.
+
+    Args:
+        x: activations `(M, K)`, float32 or bfloat16.
+        dy: cotangent of the outputs `(M, N)`, same dtype as `x`.
+        trits: `uint8 (N, ceil(K/5))`.
+        group_size: columns that share one scale.
+        implementation: "xla", or None for the best that works here.
+
+    Returns:
+        `int32 (N, ceil(K/group_size))`, each in `[-group_size, group_size]`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit. UnsupportedError: no such implementation.
+    """
+    run = select("correlation_score", SCORE, implementation)
+    check_activations("correlation_score", "x", x, x.shape[-1])
+    check_activations("correlation_score", "dy", dy, trits.shape[0])
+    if x.shape[0] != dy.shape[0] or x.dtype != dy.dtype:
+        raise ValueError(
+            "correlation_score: x and dy must agree in rows and dtype, "
+            f"got {x.dtype} {x.shape} and {dy.dtype} {dy.shape}"
+        )
+    groups = jax.ShapeDtypeStruct((trits.shape[0], group_count(x.shape[1], group_size)), jnp.float32)
+    check_matrix("correlation_score", trits, groups, x.shape[1], group_size)
+    return run(x, dy, trits, group_size=group_size)

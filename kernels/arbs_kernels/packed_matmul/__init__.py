@@ -1,0 +1,5 @@
+"""Matrix product from packed ternary weights, and its input gradient."""
+
+from arbs_kernels.packed_matmul.api import packed_matmul, packed_matmul_input_gradient
+
+__all__ = ["packed_matmul", "packed_matmul_input_gradient"]

@@ -1,0 +1,65 @@
+"""`y = x W^T` and `dx = dy W` straight from packed trits and group scales."""
+
+import jax
+
+from arbs_kernels.packed_matmul import reference
+from arbs_kernels.selection import select
+from arbs_kernels.shapes import check_activations, check_matrix
+
+FORWARD = {"xla": reference.forward}
+INPUT_GRADIENT = {"xla": reference.input_gradient}
+
+
+def packed_matmul(
+    x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int, implementation: str | None = None
+) -> jax.Array:
+    """Product with the transposed effective weight.
+
+    Args:
+        x: activations `(M, K)`, float32 or bfloat16.
+        trits: `uint8 (N, ceil(K/5))`, rows as in `arbs_kernels.codec`.
+        scale: `float32 (N, ceil(K/group_size))`.
+        group_size: columns that share one scale.
+        implementation: "xla", or None for the best that works here.
+
+    Returns:
+        `(M, N)` in the dtype of `x`, accumulated in float32.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit. UnsupportedError: no such implementation.
+    """
+    run = select("packed_matmul", FORWARD, implementation)
+    check_activations("packed_matmul", "x", x, x.shape[-1])
+    check_matrix("packed_matmul", trits, scale, x.shape[1], group_size)
+    return run(x, trits, scale, group_size=group_size)
+
+
+def packed_matmul_input_gradient(
+    dy: jax.Array,
+    trits: jax.Array,
+    scale: jax.Array,
+    *,
+    in_features: int,
+    group_size: int,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Gradient of `packed_matmul` in its activations, from the same packed state.
+
+    Args:
+        dy: cotangent `(M, N)`, float32 or bfloat16.
+        trits: `uint8 (N, ceil(K/5))`.
+        scale: `float32 (N, ceil(K/group_size))`.
+        in_features: `K`, which the packed shape does not determine.
+        group_size: columns that share one scale.
+        implementation: "xla", or None for the best that works here.
+
+    Returns:
+        `(M, K)` in the dtype of `dy`, accumulated in float32.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit. UnsupportedError: no such implementation.
+    """
+    run = select("packed_matmul_input_gradient", INPUT_GRADIENT, implementation)
+    check_matrix("packed_matmul_input_gradient", trits, scale, in_features, group_size)
+    check_activations("packed_matmul_input_gradient", "dy", dy, trits.shape[0])
+    return run(dy, trits, scale, in_features=in_features, group_size=group_size)

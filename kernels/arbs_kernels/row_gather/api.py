@@ -1,0 +1,44 @@
+"""Rows of a packed table."""
+
+import jax
+import jax.numpy as jnp
+
+from arbs_kernels.row_gather import reference
+from arbs_kernels.selection import select
+from arbs_kernels.shapes import check_matrix
+
+GATHER = {"xla": reference.gather}
+
+
+def packed_row_gather(
+    ids: jax.Array,
+    trits: jax.Array,
+    scale: jax.Array,
+    *,
+    in_features: int,
+    group_size: int,
+    dtype: jnp.dtype = jnp.float32,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Effective rows `W[ids]`; the rest of the table is not read.
+
+    Args:
+        ids: integer row numbers of any shape; those past the last row are clamped, as JAX gathers do.
+        trits: `uint8 (N, ceil(K/5))`.
+        scale: `float32 (N, ceil(K/group_size))`.
+        in_features: `K`, the length of a row.
+        group_size: columns that share one scale.
+        dtype: of the result.
+        implementation: "xla", or None for the best that works here.
+
+    Returns:
+        `(*ids.shape, K)` in `dtype`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit. UnsupportedError: no such implementation.
+    """
+    run = select("packed_row_gather", GATHER, implementation)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"packed_row_gather: ids must be integers, got {ids.dtype}")
+    check_matrix("packed_row_gather", trits, scale, in_features, group_size)
+    return run(ids, trits, scale, in_features=in_features, group_size=group_size, dtype=dtype)
