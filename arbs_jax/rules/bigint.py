@@ -33,7 +33,7 @@ class BigInt:
         # An accumulator can exceed float32's 24 bits, which costs a relative 2^-24 of the shift and nothing else.
         taken = per_group(leaves["votes"].astype(jnp.float32)) * group_size
         shift = self.strength * leaves["corr"].astype(jnp.float32) / jnp.maximum(taken, 1.0)
-        return exp2_scale(leaves["exponent"], shift)
+        return exp2_scale(leaves["exponent"], jnp.where(taken > 0, shift, 0.0))
 
     def vote(self, collected: Votes, spec: MatrixSpec, key: jax.Array) -> Votes:
         """Score and count as int32."""

@@ -52,7 +52,8 @@ class Integral:
     def integer_rate(self, step: jax.Array, group_size: int) -> jax.Array:
         """`lr_q` at a step, int64 ()."""
         peak = round(self.learning_rate * 2**self.fraction_bits / (math.sqrt(group_size) * self.votes_per_step))
-        return (self.schedule.multiplier(step) * peak) >> UNIT_BITS
+        # Made an array by name: as a Python number a peak past 31 bits would not fit JAX's default integer.
+        return (self.schedule.multiplier(step) * jnp.asarray(peak, jnp.int64)) >> UNIT_BITS
 
     def vote(self, collected: Votes, spec: MatrixSpec, key: jax.Array) -> Votes:
         """Score and count as int32."""

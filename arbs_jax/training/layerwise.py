@@ -42,7 +42,7 @@ class Sweep:
             ternary: integer state, a dict of subtrees.
             batch: pytree whose leaves have a leading micro-batch axis A.
             step: int32 (), updates taken before this one.
-            key: seeds the votes of rules that sample; already specific to this run, step and data shard.
+            key: seeds the rules that sample; specific to this run and step, the same on every shard.
             blocked: bool (); when true the state is returned unchanged.
 
         Returns:
@@ -166,6 +166,9 @@ class Sweep:
 
         micro = jax.tree.leaves(batch)[0].shape[0]
         indices = jnp.arange(micro, dtype=jnp.int32)
+        if self.axis_name is not None:
+            # Numbered over all shards, so that random bits do not depend on how the micro-batches are spread.
+            indices += micro * jax.lax.axis_index(self.axis_name)
         cotangent, votes = _map_micro(one, (saved, cotangent, batch, indices), summed=True)
         if self.axis_name is not None:
             votes = jax.tree.map(lambda leaf: jax.lax.psum(leaf, self.axis_name), votes)

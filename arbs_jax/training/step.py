@@ -42,8 +42,6 @@ def make_step(sweep: Sweep, seed: int) -> StepFunction:
 
     def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        if sweep.axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(sweep.axis_name))
         ternary, loss, moved = sweep(state.ternary, tokens, state.step, key, state.halted > 0)
         taken = moved.astype(jnp.int32)
         after = TrainState(ternary=ternary, step=state.step + taken, halted=1 - taken)

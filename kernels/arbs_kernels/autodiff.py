@@ -13,7 +13,7 @@ Only the activations and the integer leaves are saved for backward; the scale an
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,12 @@ def ternary_gather(
     return _gather(spec, jnp.dtype(dtype), ids, dict(leaves), None if probe is None else dict(probe))
 
 
-def _votes(probe: Probe | None, dw: Callable[[], jax.Array], score: Callable[[], jax.Array]) -> dict | None:
+def _names(probe: Probe | None) -> dict[str, tuple[()]] | None:
+    """What backward needs of a probe: its keys. Its zeros are not saved, they may have the weight's shape."""
+    return None if probe is None else dict.fromkeys(probe, ())
+
+
+def _votes(probe: Mapping[str, Any] | None, dw: Callable[[], jax.Array], score: Callable[[], jax.Array]) -> dict | None:
     if probe is None:
         return None
     collected = {"count": jnp.ones((), jnp.float32)}
@@ -115,7 +120,7 @@ def _matmul(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None) ->
 
 
 def _matmul_forward(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None):
-    return _matmul(spec, x, leaves, probe), (x, leaves, probe)
+    return _matmul(spec, x, leaves, probe), (x, leaves, _names(probe))
 
 
 def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
@@ -156,7 +161,7 @@ def _gather(spec: MatmulSpec, dtype: jnp.dtype, ids: jax.Array, leaves: dict, pr
 
 
 def _gather_forward(spec: MatmulSpec, dtype: jnp.dtype, ids: jax.Array, leaves: dict, probe: dict | None):
-    return _gather(spec, dtype, ids, leaves, probe), (ids, leaves, probe)
+    return _gather(spec, dtype, ids, leaves, probe), (ids, leaves, _names(probe))
 
 
 def _gather_backward(spec: MatmulSpec, dtype: jnp.dtype, saved, dy: jax.Array):

@@ -13,11 +13,11 @@ def group_count(in_features: int, group_size: int) -> int:
     return -(-in_features // group_size)
 
 
-def check_matrix(operator: str, trits: jax.Array, scale: jax.Array, in_features: int, group_size: int) -> None:
-    """Checks `trits uint8 (N, P)` against `scale float32 (N, R)` and the logical width.
+def check_trits(operator: str, trits: jax.Array, in_features: int, group_size: int) -> None:
+    """Checks `trits uint8 (N, P)` against the logical width, and the group size.
 
     Raises:
-        ValueError: a dtype or shape does not fit; the message holds both values.
+        ValueError: a dtype, shape or size does not fit; the message holds both values.
     """
     if group_size not in GROUP_SIZES:
         raise ValueError(f"{operator}: group_size must be one of {GROUP_SIZES}, got {group_size}")
@@ -28,6 +28,15 @@ def check_matrix(operator: str, trits: jax.Array, scale: jax.Array, in_features:
             f"{operator}: trits must be uint8 (N, {packed_width(in_features)}) for in_features={in_features}, "
             f"got {trits.dtype} {trits.shape}"
         )
+
+
+def check_matrix(operator: str, trits: jax.Array, scale: jax.Array, in_features: int, group_size: int) -> None:
+    """`check_trits`, and `scale float32 (N, R)` as well.
+
+    Raises:
+        ValueError: a dtype, shape or size does not fit; the message holds both values.
+    """
+    check_trits(operator, trits, in_features, group_size)
     expected = (trits.shape[0], group_count(in_features, group_size))
     if scale.dtype != jnp.float32 or scale.shape != expected:
         raise ValueError(f"{operator}: scale must be float32 {expected}, got {scale.dtype} {scale.shape}")

@@ -1,11 +1,10 @@
 """The integer vote of one backward contribution: per group, how far the gradient's signs agree with the trits."""
 
 import jax
-import jax.numpy as jnp
 
 from arbs_kernels.correlation_score import reference
 from arbs_kernels.selection import select
-from arbs_kernels.shapes import check_activations, check_matrix, group_count
+from arbs_kernels.shapes import check_activations, check_trits
 
 SCORE = {"xla": reference.score}
 
@@ -36,6 +35,5 @@ def correlation_score(
             "correlation_score: x and dy must agree in rows and dtype, "
             f"got {x.dtype} {x.shape} and {dy.dtype} {dy.shape}"
         )
-    groups = jax.ShapeDtypeStruct((trits.shape[0], group_count(x.shape[1], group_size)), jnp.float32)
-    check_matrix("correlation_score", trits, groups, x.shape[1], group_size)
+    check_trits("correlation_score", trits, x.shape[1], group_size)
     return run(x, dy, trits, group_size=group_size)

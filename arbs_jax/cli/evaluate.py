@@ -1,0 +1,81 @@
+"""`arbs eval`: nats and bits per byte of a run on its validation text or on another text."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from arbs_jax.cli.display import console, table
+from arbs_jax.cli.options import saved_config
+from arbs_jax.cli.runs import open_run, run_path
+from arbs_jax.compilation import enable_cache
+from arbs_jax.data import open_corpus, unigram_entropy, validation_windows
+from arbs_jax.errors import ConfigError
+from arbs_jax.training.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a run in nats and bits per byte."""
+
+    run: Annotated[Path | None, tyro.conf.arg(help="Run folder (default: the newest below runs/).", metavar="DIR")] = (
+        None
+    )
+    checkpoint: str = "best"
+    """latest, best, final or a step number."""
+    data: Annotated[
+        str | None, tyro.conf.arg(help="File, folder or glob, all of it (default: the run's validation text).")
+    ] = None
+    ctx: Annotated[int | None, tyro.conf.arg(help="Bytes in a window (default: as trained).")] = None
+    windows: int = 1024
+    """Windows, at most, spread evenly."""
+    json: bool = False
+    """Print one JSON object in place of the table."""
+
+
+def run(args: Evaluate) -> None:
+    """Carries out `arbs eval`."""
+    if args.windows < 1:
+        raise ConfigError(f"--windows must be at least 1, got {args.windows}")
+    enable_cache()
+    path = run_path(args.run)
+    config = saved_config(path)
+    if args.ctx is not None:
+        config = replace(config, train=replace(config.train, context=args.ctx))
+    opened = open_run(path, args.checkpoint, config)
+    if args.data is None:
+        inputs = Inputs.open(config)
+        corpus, name, entropy = inputs.validation, f"{inputs.name} (validation)", inputs.unigram_entropy
+    else:
+        corpus = open_corpus(args.data)
+        name, entropy = corpus.name, unigram_entropy(corpus)
+    context = config.train.context
+    batches = validation_windows(
+        corpus, context=context, batch=min(args.windows, 4 * config.train.batch), max_windows=args.windows
+    )
+    nats = opened.program.evaluate(opened.ternary, batches)
+    count = sum(int(batch.valid.sum()) for batch in batches) * context
+    result = {
+        "run": str(path),
+        "step": opened.step,
+        "corpus": name,
+        "context": context,
+        "bytes": count,
+        "nats_per_byte": nats,
+        "bits_per_byte": nats / math.log(2),
+        "unigram_entropy": entropy,
+    }
+    if args.json:
+        print(json.dumps(result))
+        return
+    rows = [("model", nats), ("unigram entropy", entropy), ("gained over unigram", entropy - nats)]
+    console.print(
+        table(
+            f"{path} at step {opened.step} on {name}: {count:,} bytes in windows of {context}",
+            ("", "nats/byte", "bits/byte"),
+            [(label, f"{value:.4f}", f"{value / math.log(2):.4f}") for label, value in rows],
+        )
+    )

@@ -1,0 +1,49 @@
+"""Opening a finished or unfinished run for looking at it: sample, eval, audit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arbs_jax.cli.options import newest_run, saved_config
+from arbs_jax.config import RunConfig
+from arbs_jax.run.checkpoints import Checkpointer
+from arbs_jax.run.folder import RunFolder
+from arbs_jax.run.limbs import to_device
+from arbs_jax.training.program import Program
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run's program and one checkpoint's state."""
+
+    path: Path
+    program: Program
+    ternary: Any
+    """Integer state on the device."""
+    step: int
+    """Step of the checkpoint."""
+
+
+def run_path(path: Path | None) -> Path:
+    """The path given, or the newest run below `runs/`."""
+    return newest_run() if path is None else path
+
+
+def open_run(path: Path | None, checkpoint: str = "best", config: RunConfig | None = None) -> OpenRun:
+    """Loads a checkpoint of a run; validated leaf by leaf.
+
+    Args:
+        path: run folder, None for the newest below `runs/`.
+        checkpoint: "latest", "best", "final" or a step number.
+        config: in place of the run's own (for another batch size, say).
+
+    Raises:
+        ConfigError: no such run. CheckpointError: no such checkpoint, or a damaged one.
+        StateError: the state does not fit the model.
+    """
+    path = run_path(path)
+    program = Program(config or saved_config(path))
+    with Checkpointer(RunFolder(path).checkpoints) as reader:
+        tree, _ = reader.restore(int(checkpoint) if checkpoint.isdigit() else checkpoint)
+    program.check(tree["ternary"])
+    return OpenRun(path, program, to_device(tree["ternary"]), int(tree["step"]))

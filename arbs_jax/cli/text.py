@@ -1,0 +1,59 @@
+"""Sampling as the commands use it, and bytes made fit for a terminal."""
+
+import codecs
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from arbs_jax.layers import COLLECTION, DENSE
+from arbs_jax.sampling import Generator, SamplingConfig
+from arbs_jax.training.program import Program
+from arbs_jax.votes import decode_tree
+
+
+def inference_variables(program: Program, ternary: Any, *, packed: bool = False) -> Any:
+    """Collections for sampling: weights decoded once (`N*K` activations of memory each), or the packed state itself."""
+    if packed:
+        return {COLLECTION: ternary}
+    dtype = jnp.dtype(program.config.model.dtype)
+    make = jax.jit(lambda tree: decode_tree(tree, program.specs, program.ternary.rule, dtype))
+    return {DENSE: make(ternary)}
+
+
+def sample_bytes(
+    program: Program,
+    ternary: Any,
+    prompt: bytes,
+    count: int,
+    sampling: SamplingConfig | None = None,
+    *,
+    packed: bool = False,
+) -> Iterator[int]:
+    """Yields `count` bytes after `prompt`."""
+    length = min(program.config.model.context, max(len(prompt) + count, 2))
+    generator = Generator(
+        program.model,
+        inference_variables(program, ternary, packed=packed),
+        sampling or SamplingConfig(seed=program.config.train.seed),
+        length,
+    )
+    return generator(prompt, count)
+
+
+def printable(text: bytes) -> str:
+    """UTF-8 where it is, replacement characters where it is not; control characters but newline and tab become dots."""
+    decoded = text.decode("utf-8", errors="replace")
+    return "".join(char if char.isprintable() or char in "\n\t" else "·" for char in decoded)
+
+
+class StreamDecoder:
+    """Turns bytes that arrive one by one into text for the terminal, whole characters at a time."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def __call__(self, byte: int) -> str:
+        """Text that this byte completes, possibly empty."""
+        return printable(self._decoder.decode(bytes([byte])).encode())

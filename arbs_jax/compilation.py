@@ -1,0 +1,62 @@
+"""The persistent compilation cache: the second start of the same command compiles nothing."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+_HIT = "/jax/compilation_cache/cache_hits"
+_MISS = "/jax/compilation_cache/cache_misses"
+
+
+def enable_cache(folder: str | None = None) -> Path:
+    """Points JAX's persistent cache at `folder`, else $ARBS_CACHE_DIR, else ~/.cache/arbs_jax; programs of any size.
+
+    Returns the folder. Call before the first compilation.
+    """
+    chosen = folder or os.environ.get("ARBS_CACHE_DIR") or Path("~/.cache/arbs_jax").expanduser()
+    path = Path(chosen).absolute()
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path
+
+
+@dataclass
+class CompileReport:
+    """What compiling cost: filled in when the `measured` block ends."""
+
+    seconds: float = 0.0
+    hits: int = 0
+    misses: int = 0
+
+    @property
+    def cached(self) -> bool:
+        """Whether every program came from the cache."""
+        return self.hits > 0 and self.misses == 0
+
+    def __str__(self) -> str:
+        source = "from the cache" if self.cached else "compiled"
+        return f"{self.seconds:.1f} s ({source})"
+
+
+@contextmanager
+def measured() -> Iterator[CompileReport]:
+    """Times a block and counts its hits and misses in the persistent cache."""
+    report = CompileReport()
+
+    def listen(event: str, **_: object) -> None:
+        report.hits += event == _HIT
+        report.misses += event == _MISS
+
+    jax.monitoring.register_event_listener(listen)
+    start = time.perf_counter()
+    try:
+        yield report
+    finally:
+        report.seconds = time.perf_counter() - start
+        jax.monitoring.unregister_event_listener(listen)

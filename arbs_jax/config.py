@@ -1,0 +1,137 @@
+"""The resolved configuration of a run, to and from the JSON in its folder."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from arbs_jax.errors import ConfigError
+from arbs_jax.models.byte_lm import ModelConfig
+from arbs_jax.models.presets import PRESETS
+from arbs_jax.rules import RuleConfig
+from arbs_jax.state import InitConfig
+
+DEFAULT_PRESET = "byte-0.4m"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where bytes come from."""
+
+    source: str | None = None
+    """File, folder, glob, `hf:` dataset, or None for the text that comes with Python."""
+    validation_fraction: float = 0.05
+    """Share of the bytes, the last ones, held out."""
+    validation_bytes: int = 1_000_000
+    """Bytes held out of a streamed dataset, the first ones."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and shape of training."""
+
+    steps: int = 1500
+    """Updates of the state."""
+    batch: int = 16
+    """Windows in a micro-batch."""
+    context: int = 64
+    """Bytes the model sees in a window."""
+    accum: int = 1
+    """Micro-batches a step; each is a vote of its own."""
+    seed: int = 0
+    """Seeds initial state, data order and sampled votes."""
+    kernel: str = "auto"
+    """Implementation of the packed operators, or "auto" for the best that works."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "context", "accum"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed must be in [0, 2^63), got {self.seed}")
+        if self.kernel not in ("auto", "xla"):
+            raise ConfigError(f"--kernel must be one of auto, xla, got {self.kernel!r}")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """How often to look; none of it changes what is learnt."""
+
+    log_interval: int = 10
+    """Steps between rows of metrics."""
+    eval_interval: int = 100
+    """Steps between validations."""
+    save_interval: int = 500
+    """Steps between checkpoints."""
+    eval_windows: int = 128
+    """Validation windows, at most."""
+    keep: int = 3
+    """Last checkpoints kept, besides best and final."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            if getattr(self, entry.name) < 1:
+                raise ConfigError(
+                    f"--{entry.name.replace('_', '-')} must be at least 1, got {getattr(self, entry.name)}"
+                )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run does."""
+
+    preset: str = DEFAULT_PRESET
+    """Name the model's shape came from."""
+    model: ModelConfig = PRESETS[DEFAULT_PRESET]
+    """The resolved shape."""
+    group_size: int = 32
+    """`G`, columns that share one scale."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """Distribution of fresh state."""
+    rule: RuleConfig = field(default_factory=RuleConfig)
+    """Learning rule."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Bytes."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length and shape."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Looking."""
+
+    def __post_init__(self) -> None:
+        if self.train.context > self.model.context:
+            raise ConfigError(
+                f"--ctx {self.train.context} is longer than the model's context of {self.model.context} bytes; "
+                "lower it or choose another --preset"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested dict of JSON values."""
+        config = asdict(self)
+        config["init"]["exponent_range"] = list(self.init.exponent_range)
+        return config
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "RunConfig":
+        """The configuration in a run folder; keys that are not configuration are ignored.
+
+        Raises:
+            ConfigError: a section is missing, or holds a key or value that this version does not know.
+        """
+        sections = {
+            "model": ModelConfig,
+            "init": InitConfig,
+            "rule": RuleConfig,
+            "data": DataConfig,
+            "train": TrainConfig,
+            "log": LogConfig,
+        }
+        try:
+            values: dict[str, Any] = {name: kind(**saved[name]) for name, kind in sections.items() if name != "init"}
+            init = dict(saved["init"])
+            values["init"] = InitConfig(**(init | {"exponent_range": tuple(init["exponent_range"])}))
+            return cls(preset=saved["preset"], group_size=saved["group_size"], **values)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"the saved configuration does not fit this version: {error}") from error
+
+
+MAY_CHANGE = frozenset({"train.steps", "train.kernel", "log", "facts"})
+"""Keys of `config.json` that may differ when a run is resumed: the rest decides the state bit for bit."""
