@@ -1,12 +1,13 @@
 """Neural networks whose persistent state is integers only: packed trits, exponents, accumulators and counters."""
 
 from arbs_jax.layers import TernaryConfig, TernaryDense, TernaryEmbed, TernaryRMSNorm
-from arbs_jax.rules import BigInt, Integral
+from arbs_jax.rules import BigInt, Integral, Latent
 from arbs_jax.votes import make_probes, matrix_specs, update, value_and_votes
 
 __all__ = [
     "BigInt",
     "Integral",
+    "Latent",
     "TernaryConfig",
     "TernaryDense",
     "TernaryEmbed",

@@ -7,10 +7,13 @@ from typing import Any
 from arbs_jax.errors import ConfigError
 from arbs_jax.models.byte_lm import ModelConfig
 from arbs_jax.models.presets import PRESETS
-from arbs_jax.rules import RuleConfig
+from arbs_jax.rules import DEFAULT_RULE, RuleConfig, default_group_size
 from arbs_jax.state import InitConfig
+from arbs_kernels.shapes import GROUP_SIZES
 
 DEFAULT_PRESET = "byte-0.4m"
+KERNELS = ("auto", "xla")
+"""Values of `--kernel`: the best implementation that works, or one by name."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "context", "accum"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"--seed must be in [0, 2^63), got {self.seed}")
-        if self.kernel not in ("auto", "xla"):
-            raise ConfigError(f"--kernel must be one of auto, xla, got {self.kernel!r}")
+                flag = "ctx" if name == "context" else name
+                raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, name)}")
+        # JAX keeps 32 bits of a seed: a longer one would repeat the state of a shorter one without a word.
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed must be in [0, 2^32), got {self.seed}")
+        if self.kernel not in KERNELS:
+            raise ConfigError(f"--kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class RunConfig:
     """Name the model's shape came from."""
     model: ModelConfig = PRESETS[DEFAULT_PRESET]
     """The resolved shape."""
-    group_size: int = 32
+    group_size: int = default_group_size(DEFAULT_RULE)
     """`G`, columns that share one scale."""
     init: InitConfig = field(default_factory=InitConfig)
     """Distribution of fresh state."""
@@ -102,6 +107,13 @@ class RunConfig:
                 f"--ctx {self.train.context} is longer than the model's context of {self.model.context} bytes; "
                 "lower it or choose another --preset"
             )
+        if self.group_size not in GROUP_SIZES:
+            raise ConfigError(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size}")
+
+    @property
+    def validation_batch(self) -> int:
+        """Windows in a validation batch, which needs no room for backward."""
+        return min(self.log.eval_windows, 4 * self.train.batch)
 
     def to_json(self) -> dict[str, Any]:
         """Nested dict of JSON values."""
@@ -133,5 +145,8 @@ class RunConfig:
             raise ConfigError(f"the saved configuration does not fit this version: {error}") from error
 
 
-MAY_CHANGE = frozenset({"train.steps", "train.kernel", "log", "facts"})
-"""Keys of `config.json` that may differ when a run is resumed: the rest decides the state bit for bit."""
+MAY_CHANGE = frozenset({"train.steps", "train.kernel", "rule.learning_rate", "data.source", "log", "facts"})
+"""Keys of `config.json` that may differ when a run is resumed: the rest decides the state bit for bit.
+
+More steps or another rate are asked for with open eyes; a text may have moved, and its fingerprint is compared.
+"""

@@ -47,11 +47,16 @@ class _TernaryMatrix(nn.Module):
 
         def leaf(name: str) -> jax.Array:
             if not fresh:
-                fresh.update(init_matrix(self.make_rng("params"), spec, config.init))
+                base, own = jax.random.split(self.make_rng("params"))
+                fresh.update(config.rule.init(own, init_matrix(base, spec, config.init), spec))
             return fresh[name]
 
         leaves = {name: self.variable(COLLECTION, name, leaf, name).value for name in BASE_LEAVES}
-        if not self.is_initializing():
+        if self.is_initializing():
+            # The forward pass reads the base leaves only; those of the rule are declared once, here.
+            for name in sorted(fresh.keys() - set(BASE_LEAVES)):
+                self.variable(COLLECTION, name, leaf, name)
+        else:
             self.sow(SPECS, "spec", spec, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         kinds = [name for name in (config.rule.probe, "count") if self.has_variable(PROBES, name)]
         probe = {name: self.get_variable(PROBES, name) for name in kinds} or None
@@ -65,12 +70,14 @@ class TernaryDense(_TernaryMatrix):
     """`y = x W^T` with ternary `W (features, K)` and no bias; `(..., K)` to `(..., features)` in the dtype of `x`."""
 
     features: int = 0
+    table: bool = False
+    """Whether rows stand for symbols, as in an output head (`MatrixSpec.table`)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.has_variable(DENSE, "weight"):
-            return x @ self.get_variable(DENSE, "weight").astype(x.dtype).T
-        spec = MatrixSpec(self.features, x.shape[-1], self.config.group_size)
+            return _dense(x, self.get_variable(DENSE, "weight").astype(x.dtype))
+        spec = MatrixSpec(self.features, x.shape[-1], self.config.group_size, table=self.table)
         leaves, probe = self._matrix(spec)
         return ternary_matmul(x, leaves, self._matmul_spec(spec), probe)
 
@@ -87,7 +94,7 @@ class TernaryEmbed(_TernaryMatrix):
 
     def setup(self) -> None:
         # A looked-up row is not a sum over inputs: its fan-in is 1.
-        spec = MatrixSpec(self.num_embeddings, self.features, self.config.group_size, fan_in=1)
+        spec = MatrixSpec(self.num_embeddings, self.features, self.config.group_size, fan_in=1, table=True)
         self._static = self._matmul_spec(spec)
         if not self.has_variable(DENSE, "weight"):
             self._leaves, self._probe = self._matrix(spec)
@@ -101,7 +108,7 @@ class TernaryEmbed(_TernaryMatrix):
     def attend(self, x: jax.Array) -> jax.Array:
         """Scores of every row, `(..., features)` to `(..., num_embeddings)`: the tied output head."""
         if self.has_variable(DENSE, "weight"):
-            return x @ self.get_variable(DENSE, "weight").astype(x.dtype).T
+            return _dense(x, self.get_variable(DENSE, "weight").astype(x.dtype))
         return ternary_matmul(x, self._leaves, self._static, self._probe)
 
 
@@ -118,3 +125,10 @@ class TernaryRMSNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         return (x32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
+
+
+def _dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`x W^T` for a decoded `weight (N, K)`."""
+    if x.size == x.shape[-1]:  # One row, as in sampling: XLA on the CPU is several times faster at W x than at x W^T.
+        return (weight @ x.reshape(-1)).reshape(*x.shape[:-1], -1)
+    return x @ weight.T

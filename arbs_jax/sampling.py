@@ -1,5 +1,6 @@
 """Text from a trained byte model, one position per new byte through a key/value cache."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.models.byte_lm import ByteLM, empty_cache
@@ -28,12 +30,14 @@ class SamplingConfig:
     """Seeds the draws."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"--temperature must be at least 0, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"--temperature must be at least 0 and finite, got {self.temperature}")
         if not 0 <= self.top_k <= _BYTES:
             raise ConfigError(f"--top-k must be in [0, {_BYTES}], got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed must be in [0, 2^32), got {self.seed}")
 
 
 def choose(logits_V: jax.Array, key: jax.Array, config: SamplingConfig) -> jax.Array:
@@ -69,10 +73,14 @@ class Generator:
 
     @cached_property
     def _feed(self) -> Any:
-        def feed(variables: Any, cache: Any, tokens: jax.Array, count: jax.Array, start: jax.Array, key: jax.Array):
-            """Feeds `count` of the tokens (1, T) and draws the byte after them."""
+        def feed(variables: Any, cache: Any, tokens: jax.Array, numbers: jax.Array, key: jax.Array):
+            """Feeds some tokens, padded to (1, T), and draws the byte after them.
+
+            `numbers` int32 (3,): how many tokens count, the position of the first, and which draw of `key` this is.
+            """
+            count, start, index = numbers
             logits, cache = self.model.apply(variables, tokens, cache, start)
-            return choose(logits[0, count - 1], key, self.config), cache
+            return choose(logits[0, count - 1], jax.random.fold_in(key, index), self.config), cache
 
         return jax.jit(feed, donate_argnums=1)
 
@@ -86,27 +94,25 @@ class Generator:
             raise ConfigError("--prompt is empty; give at least one byte to go on from")
         history = list(prompt)
         cache = empty_cache(self.model.config, 1, self.length)
-        pending, start = self._window(history), 0
+        pending, start, key = self._window(history), 0, jax.random.key(self.config.seed)
         for index in range(count):
             if start + len(pending) > self.length:
                 pending, start = self._window(history), 0
-            key = jax.random.fold_in(jax.random.key(self.config.seed), index)
-            byte, cache = self._feed(
-                self.variables, cache, self._padded(pending), jnp.int32(len(pending)), jnp.int32(start), key
-            )
+            numbers = np.asarray([len(pending), start, index], np.int32)
+            byte, cache = self._feed(self.variables, cache, self._padded(pending), numbers, key)
             start += len(pending)
             history.append(int(byte))
             pending = history[-1:]
             yield history[-1]
 
     def _window(self, history: list[int]) -> list[int]:
-        """What to feed from position 0: everything, or the last half of a cache if that leaves no room."""
-        return history if len(history) <= self.length // 2 else history[-max(self.length // 2, 1) :]
+        """What to feed from position 0: everything, or as much as fills half the cache where that does not fit."""
+        return history if len(history) <= self.length else history[-max(self.length // 2, 1) :]
 
-    def _padded(self, tokens: list[int]) -> jax.Array:
+    def _padded(self, tokens: list[int]) -> np.ndarray:
         """Tokens (1, T) with T a power of two, so that few shapes are compiled.
 
         The padding's cache entries lie past the last real position: they are overwritten before they become visible.
         """
         width = 1 if len(tokens) == 1 else min(1 << (len(tokens) - 1).bit_length(), self.length)
-        return jnp.asarray([tokens + [0] * (width - len(tokens))], jnp.int32)
+        return np.asarray([tokens + [0] * (width - len(tokens))], np.int32)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arbs_jax.errors import ConfigError, StateError
-from arbs_kernels.codec import pack_rows, packed_width, valid_codes
+from arbs_kernels.codec import pack_rows, packed_width, padding_is_zero, valid_codes
 from arbs_kernels.shapes import GROUP_SIZES, group_count
 
 BASE_LEAVES = ("trits", "exponent", "corr", "votes")
@@ -44,6 +44,9 @@ class MatrixSpec:
     """`G`, columns that share one scale."""
     fan_in: int = 0
     """Inputs summed into one output, for initialisation; 0 means `in_features` (a table that is looked up has 1)."""
+    table: bool = False
+    """Whether rows stand for symbols (an embedding, an output head): such a matrix is no map between two spaces, and
+    rules that treat others as such leave its rows alone."""
 
     def __post_init__(self) -> None:
         if self.out_features < 1 or self.in_features < 1:
@@ -79,26 +82,25 @@ class MatrixSpec:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """How fresh matrices are drawn: `T = sign(w) * (|w| > threshold)` for a normal `w` of the given spread."""
+    """How fresh matrices are drawn: `T = sign(w) * (|w| > threshold)` for a normal `w`."""
 
-    distribution: str = "scaled"
-    """"scaled": std = min(0.1, 1/sqrt(fan_in)), threshold = min(0.05, std/2). "reference": the source layer's fixed
-    std 0.1 and threshold 0.05."""
+    threshold: float = 0.5
+    """Weights up to this many standard deviations become zero. The scaled init (std = min(0.1, 1/sqrt(fan_in)),
+    threshold = min(0.05, std/2)) and the source layer's fixed 0.1 and 0.05 are both 0.5: only the ratio matters."""
     exponent_range: tuple[int, int] = (-8, 0)
     """`E = clamp(round(log2(0.5/sqrt(fan_in))), *exponent_range)`, the source layer's choice."""
 
     def __post_init__(self) -> None:
-        if self.distribution not in ("scaled", "reference"):
-            raise ConfigError(f"init.distribution must be 'scaled' or 'reference', got {self.distribution!r}")
+        if not 0 <= self.threshold < 4:
+            raise ConfigError(f"init.threshold must be in [0, 4) standard deviations, got {self.threshold}")
         low, high = self.exponent_range
         if not -126 <= low <= high <= 126:
             raise ConfigError(f"init.exponent_range must be ordered within [-126, 126], got {self.exponent_range}")
 
-    def zero_probability(self, fan_in: int) -> float:
-        """P(|w| <= threshold), the expected share of zero trits."""
-        std = 0.1 if self.distribution == "reference" else min(0.1, 1 / math.sqrt(fan_in))
-        threshold = 0.05 if self.distribution == "reference" else min(0.05, 0.5 * std)
-        return math.erf(threshold / std / math.sqrt(2))
+    @property
+    def zero_probability(self) -> float:
+        """Expected share of zero trits."""
+        return math.erf(self.threshold / math.sqrt(2))
 
     def exponent(self, fan_in: int) -> int:
         """Base exponent of every group of a matrix with this fan-in."""
@@ -112,20 +114,36 @@ def init_trits(key: jax.Array, spec: MatrixSpec, init: InitConfig) -> jax.Array:
     The distribution of `sign(w) * (|w| > threshold)` is drawn directly from 16 random bits a trit, in blocks of rows,
     so a table of millions of rows never has a temporary of its own shape.
     """
-    zero_below = round(init.zero_probability(spec.fan_in or spec.in_features) * 2**16)
-    rows = min(spec.out_features, _ROWS_PER_BLOCK)
+    zero_below = round(init.zero_probability * 2**16)
 
-    def block(index: jax.Array) -> jax.Array:
+    def block(index: jax.Array, rows: int) -> jax.Array:
         bits = jax.random.bits(jax.random.fold_in(key, index), (rows, spec.in_features), jnp.uint16)
         nonzero = bits >= jnp.uint16(min(zero_below, 2**16 - 1))
         sign = ((bits & jnp.uint16(1)) * jnp.uint16(2)).astype(jnp.int8) - jnp.int8(1)
         return pack_rows(jnp.where(nonzero, sign, jnp.int8(0)))
 
-    blocks = -(-spec.out_features // rows)
+    return rows_in_blocks(block, spec.out_features, axes=0)
+
+
+def rows_in_blocks(block: Callable[[jax.Array, int], Any], out_features: int, axes: Any) -> Any:
+    """Concatenates `block(index, rows)` over enough indices for `out_features` rows, one block at a time.
+
+    Args:
+        block: makes a pytree of arrays for `rows` rows; `index` is an int32 ().
+        out_features: rows in all; the last block's excess is cut off.
+        axes: pytree like the block's, with the position of the row axis in each array.
+    """
+    rows = min(out_features, _ROWS_PER_BLOCK)
+    blocks = -(-out_features // rows)
     if blocks == 1:
-        return block(jnp.int32(0))
-    packed = jax.lax.map(block, jnp.arange(blocks, dtype=jnp.int32))
-    return packed.reshape(blocks * rows, spec.packed)[: spec.out_features]
+        return block(jnp.int32(0), rows)
+
+    def join(axis: int, stacked: jax.Array) -> jax.Array:
+        inner = jnp.moveaxis(stacked, 0, axis)
+        flat = inner.reshape(*inner.shape[:axis], blocks * rows, *inner.shape[axis + 2 :])
+        return jax.lax.slice_in_dim(flat, 0, out_features, axis=axis)
+
+    return jax.tree.map(join, axes, jax.lax.map(lambda i: block(i, rows), jnp.arange(blocks, dtype=jnp.int32)))
 
 
 def init_matrix(key: jax.Array, spec: MatrixSpec, init: InitConfig | None = None) -> Matrix:
@@ -199,6 +217,8 @@ def validate_matrix(path: str, matrix: Matrix, spec: MatrixSpec) -> None:
     codes = valid_codes(np.asarray(matrix["trits"]))
     if not codes.all():
         raise StateError(f"{path}/trits holds {int((~codes).sum())} bytes that are no code of five trits")
+    if not padding_is_zero(np.asarray(matrix["trits"]), spec.in_features):
+        raise StateError(f"{path}/trits holds a non-zero trit past column {spec.in_features}, where rows are padded")
     votes = np.asarray(matrix["votes"])
     if (votes < 0).any():
         raise StateError(f"{path}/votes must be at least 0, got {int(votes.min())}")

@@ -58,7 +58,8 @@ def value_and_votes(
 
     Returns:
         `function(ternary, *args, key=None) -> (loss, votes)`; `votes` is nested like `ternary` and adds up exactly over
-        micro-batches and devices. `key` seeds the rules that sample; it is not needed for rules that vote by score.
+        micro-batches and devices. `key` seeds the rules that sample (another one for every vote); it is not needed for
+        rules that vote by score.
     """
     by_path = flatten_specs(specs)
 
@@ -70,7 +71,9 @@ def value_and_votes(
 
         value, collected = jax.value_and_grad(with_probes)(make_probes(ternary, specs, rule))
         votes = map_matrices(
-            lambda path, _, found: rule.vote(found, by_path[path], matrix_key(base, path)), ternary, collected
+            lambda path, matrix, found: rule.vote(found, matrix, by_path[path], matrix_key(base, path)),
+            ternary,
+            collected,
         )
         return value, votes
 
@@ -78,7 +81,10 @@ def value_and_votes(
 
 
 def update(rule: Rule, specs: Tree, ternary: Tree, votes: Tree, step: jax.Array | int, key: jax.Array | None = None):
-    """The state after the summed `votes`; `step` counts updates from 0. Pure: integers in, integers out."""
+    """The state after the summed `votes`; pure, integers in, integers out.
+
+    `step` counts updates from 0; `key` seeds the rules that round at random and is the same on every step of a run.
+    """
     by_path = flatten_specs(specs)
     base = jax.random.key(0) if key is None else key
     at = jnp.asarray(step, jnp.int32)

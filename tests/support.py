@@ -11,6 +11,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from arbs_kernels.codec import pack_rows
 
+pack = jax.jit(pack_rows)
+
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 """Unit roundoff: the largest relative error of rounding to nearest."""
 
@@ -28,6 +30,11 @@ class Sample:
     weight: np.ndarray
     """float64 (N, K)."""
 
+    @property
+    def in_features(self) -> int:
+        """`K`."""
+        return self.dense_trits.shape[1]
+
 
 def random_matrix(rng: np.random.Generator, out_features: int, in_features: int, group_size: int) -> Sample:
     """Uniform trits, scales spread over four octaves."""
@@ -35,7 +42,13 @@ def random_matrix(rng: np.random.Generator, out_features: int, in_features: int,
     scale = np.exp2(rng.uniform(-4, 0, (out_features, -(-in_features // group_size)))).astype(np.float32)
     column_group = np.arange(in_features) // group_size
     weight = trits.astype(np.float64) * scale.astype(np.float64)[:, column_group]
-    return Sample(pack_rows(jnp.asarray(trits)), jnp.asarray(scale), trits, weight)
+    return Sample(pack(trits), jnp.asarray(scale), trits, weight)
+
+
+def activations(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> tuple[jax.Array, np.ndarray]:
+    """Normal activations on the device, and exactly their values in float64."""
+    array = rng.standard_normal(shape).astype(jnp.dtype(dtype))
+    return jnp.asarray(array), array.astype(np.float64)
 
 
 def score_by_hand(dw: np.ndarray, trits: np.ndarray, group_size: int) -> np.ndarray:

@@ -21,7 +21,10 @@ class AuditCommand:
     """
 
     model: Annotated[ModelFlags, tyro.conf.arg(name="")] = ModelFlags()  # noqa: RUF009
-    run: Annotated[Path | None, tyro.conf.arg(help="Audit this run in place of a preset.", metavar="DIR")] = None
+    run: Annotated[
+        Path | None,
+        tyro.conf.arg(help="Audit this run in place of a preset.", help_behavior_hint="(default: none)", metavar="DIR"),
+    ] = None
     json: bool = False
     """Print one JSON object in place of the table."""
 

@@ -14,8 +14,9 @@ from arbs_jax.training.loop import Progress as RunProgress
 from arbs_jax.training.loop import bytes_per_second
 from arbs_jax.training.program import Program
 
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+# Neither markup nor emoji codes: file names, messages and samples may hold brackets and colons of their own.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
@@ -45,6 +46,21 @@ def audit_table(account: Audit, title: str) -> Table:
         ("floats in buffers", f"{account.float_buffers:,}"),
     ]
     return table(title, ("", "value"), rows)
+
+
+def loss_text(loss: float | None, digits: int = 3) -> str:
+    """A loss, or a dash where there is none (or none that is finite)."""
+    return "-" if loss is None else f"{loss:.{digits}f}"
+
+
+def health_text(health: dict[str, float]) -> str:
+    """The rule's own report, for the end of a line."""
+    if not health:
+        return ""
+    return (
+        f"  flips {health['flip_rate']:.2%} a step, zeros {health['zero_share']:.0%}, "
+        f"saturated {health['saturation']:.0%}, scales moved {health['scale_drift']:.2f} octaves"
+    )
 
 
 class Bar:
@@ -83,8 +99,8 @@ class Bar:
         """Prints a line, which stays when the bar has gone."""
         speed = bytes_per_second(self._program, progress.step - self._start, self._began)
         console.print(
-            f"step {progress.step:>6}  train {progress.train_loss or float('nan'):.3f}  "
-            f"val {progress.validation:.3f} nats/byte  {speed:,.0f} bytes/s"
+            f"step {progress.step:>6}  train {loss_text(progress.train_loss)}  "
+            f"val {loss_text(progress.validation)} nats/byte  {speed:,.0f} bytes/s{health_text(progress.health)}"
         )
         sys.stdout.flush()
         self._show(progress)

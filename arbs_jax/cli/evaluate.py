@@ -3,13 +3,12 @@
 import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from arbs_jax.cli.display import console, table
-from arbs_jax.cli.options import saved_config
+from arbs_jax.cli.options import CheckpointFlag, RunFlag, about, saved_config, whole
 from arbs_jax.cli.runs import open_run, run_path
 from arbs_jax.compilation import enable_cache
 from arbs_jax.data import open_corpus, unigram_entropy, validation_windows
@@ -21,16 +20,18 @@ from arbs_jax.training.inputs import Inputs
 class Evaluate:
     """Measure a run in nats and bits per byte."""
 
-    run: Annotated[Path | None, tyro.conf.arg(help="Run folder (default: the newest below runs/).", metavar="DIR")] = (
-        None
-    )
-    checkpoint: str = "best"
-    """latest, best, final or a step number."""
+    run: RunFlag = None
+    checkpoint: CheckpointFlag = None
     data: Annotated[
-        str | None, tyro.conf.arg(help="File, folder or glob, all of it (default: the run's validation text).")
+        str | None,
+        tyro.conf.arg(
+            help="File, folder or glob, all of it.",
+            help_behavior_hint="(default: the run's validation text)",
+            metavar="PATH",
+        ),
     ] = None
-    ctx: Annotated[int | None, tyro.conf.arg(help="Bytes in a window (default: as trained).")] = None
-    windows: int = 1024
+    ctx: Annotated[int | None, whole("--ctx"), about("Bytes in a window.", "as trained")] = None
+    windows: Annotated[int, whole("--windows")] = 1024
     """Windows, at most, spread evenly."""
     json: bool = False
     """Print one JSON object in place of the table."""
@@ -42,12 +43,13 @@ def run(args: Evaluate) -> None:
         raise ConfigError(f"--windows must be at least 1, got {args.windows}")
     enable_cache()
     path = run_path(args.run)
-    config = saved_config(path)
+    # The text held out depends on the context trained with, so it is opened before another one is asked for.
+    saved = config = saved_config(path)
     if args.ctx is not None:
-        config = replace(config, train=replace(config.train, context=args.ctx))
+        config = replace(saved, train=replace(saved.train, context=args.ctx))
     opened = open_run(path, args.checkpoint, config)
     if args.data is None:
-        inputs = Inputs.open(config)
+        inputs = Inputs.open(saved)
         corpus, name, entropy = inputs.validation, f"{inputs.name} (validation)", inputs.unigram_entropy
     else:
         corpus = open_corpus(args.data)
@@ -64,8 +66,8 @@ def run(args: Evaluate) -> None:
         "corpus": name,
         "context": context,
         "bytes": count,
-        "nats_per_byte": nats,
-        "bits_per_byte": nats / math.log(2),
+        "nats_per_byte": nats if math.isfinite(nats) else None,
+        "bits_per_byte": nats / math.log(2) if math.isfinite(nats) else None,
         "unigram_entropy": entropy,
     }
     if args.json:

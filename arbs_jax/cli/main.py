@@ -1,7 +1,13 @@
 """The command line `arbs`: parse, dispatch, and turn the user's mistakes into a line or two."""
 
+import io
+import logging
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import tyro
@@ -18,7 +24,7 @@ Command = (
     | Annotated[warmup.Warmup, tyro.conf.subcommand("warmup")]
 )
 
-_RUN: dict[type, Callable[[Any], None]] = {
+_RUN: dict[type, Callable[[Any], int | None]] = {
     train.Train: train.run,
     sample.Sample: sample.run,
     evaluate.Evaluate: evaluate.run,
@@ -27,23 +33,61 @@ _RUN: dict[type, Callable[[Any], None]] = {
 }
 
 
+class Terminated(BaseException):
+    """SIGTERM outside the training loop, which has a handler of its own."""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 for the user's mistakes, 130 when interrupted."""
-    command = tyro.cli(
-        Command,  # pyrefly: ignore[bad-argument-type]
-        prog="arbs",
-        description="Train and run neural networks whose persistent state is integers only.",
-        args=arguments,
-    )
+    """Runs one command and returns the exit status.
+
+    0: done. 1: the user's mistake, said in a line or two. 2: the command line cannot be parsed. 130 and 143: ended by
+    Ctrl-C and by SIGTERM; what `arbs train` had learnt by then is saved.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # A terminal that cannot show a character must not end a run.
+            stream.reconfigure(errors="replace")
+    # Orbax logs the traceback of a failed write, from a thread of its own; we say it in a line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        _RUN[type(command)](command)
+        with _terminated_by_exception():
+            command = tyro.cli(
+                Command,  # pyrefly: ignore[bad-argument-type]
+                prog="arbs",
+                description="Train and run neural networks whose persistent state is integers only.",
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+            return _RUN[type(command)](command) or 0
     except UserError as error:
-        errors.print(f"error: {error}", markup=False, style="red")
+        errors.print(f"error: {error}", style="red")
         return 1
     except KeyboardInterrupt:
         errors.print("interrupted")
         return 130
-    return 0
+    except Terminated:
+        errors.print("terminated")
+        return 143
+    except BrokenPipeError:
+        # Who read our output has left, as `| head` does. Python would complain once more when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+@contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """Lets `finally` blocks run on SIGTERM: checkpoints under way are finished, files closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -1,62 +1,139 @@
 """Flags that several commands share, and how they become a configuration."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from arbs_jax.config import RunConfig
+from arbs_jax.config import DEFAULT_PRESET, KERNELS, LogConfig, RunConfig, TrainConfig
 from arbs_jax.errors import ConfigError
+from arbs_jax.models import ModelConfig
 from arbs_jax.models.presets import PRESETS, preset
-from arbs_jax.rules import RULES
+from arbs_jax.rules import RULES, RuleConfig, default_group_size
 from arbs_jax.run.folder import RunFolder
 
 RUNS = Path("runs")
 
-# Choices for the parser; to a type checker they are strings, checked where they are used.
-if TYPE_CHECKING:
-    _Preset = str
-    _Rule = str
-else:
-    _Preset = Literal[tuple(PRESETS)]
-    _Rule = Literal[RULES]
+
+def parsed(
+    flag: str, convert: Callable[[str], Any], metavar: str, wanted: str
+) -> tyro.constructors.PrimitiveConstructorSpec:
+    """How tyro reads one value: a wrong one is the user's mistake like any other, said in one line.
+
+    Args:
+        flag: with its dashes, for the message.
+        convert: from the word on the command line; a ValueError or KeyError means that it does not fit.
+        metavar: stands for the value in `--help`.
+        wanted: completes "FLAG must be ...".
+    """
+
+    def read(words: list[str]) -> Any:
+        try:
+            return convert(words[0])
+        except (KeyError, ValueError):
+            raise ConfigError(f"{flag} must be {wanted}, got {words[0]!r}") from None
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def whole(flag: str) -> tyro.constructors.PrimitiveConstructorSpec:
+    """A whole number."""
+    return parsed(flag, int, "N", "a whole number")
+
+
+def real(flag: str) -> tyro.constructors.PrimitiveConstructorSpec:
+    """A number."""
+    return parsed(flag, float, "X", "a number")
+
+
+def yes_no(flag: str) -> tyro.constructors.PrimitiveConstructorSpec:
+    """A switch that may also be left as it is."""
+    return parsed(flag, {"yes": True, "no": False}.__getitem__, "yes|no", "yes or no")
+
+
+def choice(flag: str, choices: Iterable[str]) -> tyro.constructors.PrimitiveConstructorSpec:
+    """One of some names."""
+    names = {name: name for name in choices}
+    return parsed(flag, names.__getitem__, "|".join(names) if len(names) < 5 else "NAME", f"one of {', '.join(names)}")
+
+
+def about(text: str, default: str) -> Any:
+    """Help for a flag whose dataclass default, None, says nothing to people."""
+    return tyro.conf.arg(help=text, help_behavior_hint=f"(default: {default})")
+
+
+RunFlag = Annotated[
+    Path | None,
+    tyro.conf.arg(help="Run folder.", help_behavior_hint=f"(default: the newest below {RUNS}/)", metavar="DIR"),
+]
+"""`--run` of the commands that look at a run."""
+CheckpointFlag = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="latest, best, final or a step number.",
+        help_behavior_hint="(default: best, or latest where nothing was validated yet)",
+        metavar="NAME|STEP",
+    ),
+]
+"""`--checkpoint` of the commands that look at a run."""
 
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """What is trained. Flags left out take the run's value when resuming, else the default shown."""
+    """What is trained. Flags left out take the run's value where there is a run, else the default shown."""
 
     preset: Annotated[
-        _Preset | None,
-        tyro.conf.arg(help="Model shape (default byte-0.4m)."),
+        str | None, choice("--preset", PRESETS), about(f"Model shape: {', '.join(PRESETS)}.", DEFAULT_PRESET)
     ] = None
-    rule: Annotated[
-        _Rule | None,
-        tyro.conf.arg(help="Learning rule (default integral)."),
+    rule: Annotated[str | None, choice("--rule", RULES), about("Learning rule.", RuleConfig.name)] = None
+    learning_rate: Annotated[
+        float | None, real("--learning-rate"), about("Peak rate, in the rule's unit.", "the rule's own")
     ] = None
-    learning_rate: Annotated[float | None, tyro.conf.arg(help="Peak rate, in the rule's unit (default: its own).")] = (
+    strength: Annotated[
+        float | None, real("--strength"), about("bigint: shift when all votes agree.", str(RuleConfig.strength))
+    ] = None
+    warmup_steps: Annotated[
+        int | None, whole("--warmup-steps"), about("Steps of linear warm-up.", str(RuleConfig.warmup))
+    ] = None
+    group_size: Annotated[
+        int | None, whole("--group-size"), about("Columns that share one scale.", "the rule's own")
+    ] = None
+    tied: Annotated[bool | None, yes_no("--tied"), about("Use the embedding table as output head.", "no")] = None
+    dtype: Annotated[
+        str | None, choice("--dtype", ("float32", "bfloat16")), about("Activations.", ModelConfig.dtype)
+    ] = None
+    remat: Annotated[
+        bool | None, yes_no("--remat"), about("Recompute blocks in backward to save memory.", "the preset's")
+    ] = None
+    ctx: Annotated[int | None, whole("--ctx"), about("Bytes the model sees in a window.", str(TrainConfig.context))] = (
         None
     )
-    strength: Annotated[float | None, tyro.conf.arg(help="bigint: shift when all votes agree (default 4).")] = None
-    warmup_steps: Annotated[int | None, tyro.conf.arg(help="Steps of linear warm-up (default 100).")] = None
-    group_size: Annotated[int | None, tyro.conf.arg(help="Columns that share one scale (default 32).")] = None
-    tied: Annotated[bool | None, tyro.conf.arg(help="Use the embedding table as output head (default no).")] = None
-    dtype: Annotated[Literal["float32", "bfloat16"] | None, tyro.conf.arg(help="Activations (default float32).")] = None
-    remat: Annotated[
-        bool | None, tyro.conf.arg(help="Recompute blocks in backward to save memory (default: the preset's).")
+    batch: Annotated[int | None, whole("--batch"), about("Windows in a micro-batch.", str(TrainConfig.batch))] = None
+    accum: Annotated[
+        int | None, whole("--accum"), about("Micro-batches a step, each a vote.", str(TrainConfig.accum))
     ] = None
-    ctx: Annotated[int | None, tyro.conf.arg(help="Bytes the model sees in a window (default 64).")] = None
-    batch: Annotated[int | None, tyro.conf.arg(help="Windows in a micro-batch (default 16).")] = None
-    accum: Annotated[int | None, tyro.conf.arg(help="Micro-batches a step, each a vote (default 1).")] = None
-    steps: Annotated[int | None, tyro.conf.arg(help="Steps in the whole run (default 1500).")] = None
-    seed: Annotated[int | None, tyro.conf.arg(help="Seed of state, data order and samples (default 0).")] = None
+    steps: Annotated[int | None, whole("--steps"), about("Steps in the whole run.", str(TrainConfig.steps))] = None
+    seed: Annotated[
+        int | None, whole("--seed"), about("Seed of state, data order and samples.", str(TrainConfig.seed))
+    ] = None
     kernel: Annotated[
-        str | None, tyro.conf.arg(help="Packed operators: auto, or xla (default auto).", metavar="auto|xla")
+        str | None, choice("--kernel", KERNELS), about("Implementation of the packed operators.", TrainConfig.kernel)
     ] = None
     data: Annotated[
         str | None,
-        tyro.conf.arg(help="File, folder, glob or hf:NAME[:CONFIG][@SPLIT][#FIELD] (default: text shipped in Python)."),
+        tyro.conf.arg(
+            help="File, folder, glob or hf:NAME[:CONFIG][@SPLIT][#FIELD].",
+            help_behavior_hint="(default: text that comes with Python)",
+            metavar="PATH",
+        ),
     ] = None
 
     def resolve(self, base: RunConfig | None = None) -> RunConfig:
@@ -86,11 +163,43 @@ class ModelFlags:
             base,
             preset=name,
             model=model,
-            group_size=base.group_size if self.group_size is None else self.group_size,
+            group_size=self._group_size(base),
             rule=replace(base.rule, **rule),
             data=replace(base.data, **_given(source=self.data)),
             train=replace(base.train, **train),
         )
+
+    def _group_size(self, base: RunConfig) -> int:
+        if self.group_size is not None:
+            return self.group_size
+        same = self.rule is None or self.rule == base.rule.name
+        return base.group_size if same else default_group_size(str(self.rule))
+
+
+@dataclass(frozen=True)
+class LogFlags:
+    """How often to look and save. Flags left out take the run's value where there is a run, else the default shown."""
+
+    eval_interval: Annotated[
+        int | None, whole("--eval-interval"), about("Steps between validations.", str(LogConfig.eval_interval))
+    ] = None
+    save_interval: Annotated[
+        int | None, whole("--save-interval"), about("Steps between checkpoints.", str(LogConfig.save_interval))
+    ] = None
+    log_interval: Annotated[
+        int | None, whole("--log-interval"), about("Steps between rows of metrics.", str(LogConfig.log_interval))
+    ] = None
+
+    def resolve(self, config: RunConfig) -> RunConfig:
+        """The configuration with these flags on top.
+
+        Raises:
+            ConfigError: an interval is below 1.
+        """
+        intervals = _given(
+            eval_interval=self.eval_interval, save_interval=self.save_interval, log_interval=self.log_interval
+        )
+        return replace(config, log=replace(config.log, **intervals))
 
 
 def _given(**values: Any) -> dict[str, Any]:

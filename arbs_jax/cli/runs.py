@@ -29,12 +29,17 @@ def run_path(path: Path | None) -> Path:
     return newest_run() if path is None else path
 
 
-def open_run(path: Path | None, checkpoint: str = "best", config: RunConfig | None = None) -> OpenRun:
+def checkpoint_name(text: str) -> str | int:
+    """A checkpoint as `Checkpointer.restore` takes it, from the command line."""
+    return int(text) if text.isdecimal() else text
+
+
+def open_run(path: Path | None, checkpoint: str | None = None, config: RunConfig | None = None) -> OpenRun:
     """Loads a checkpoint of a run; validated leaf by leaf.
 
     Args:
         path: run folder, None for the newest below `runs/`.
-        checkpoint: "latest", "best", "final" or a step number.
+        checkpoint: "latest", "best", "final" or a step number; None for the best, or the latest while none is.
         config: in place of the run's own (for another batch size, say).
 
     Raises:
@@ -44,6 +49,7 @@ def open_run(path: Path | None, checkpoint: str = "best", config: RunConfig | No
     path = run_path(path)
     program = Program(config or saved_config(path))
     with Checkpointer(RunFolder(path).checkpoints) as reader:
-        tree, _ = reader.restore(int(checkpoint) if checkpoint.isdigit() else checkpoint)
+        chosen = checkpoint or ("best" if "best" in reader.tags() else "latest")
+        tree, _ = reader.restore(checkpoint_name(chosen))
     program.check(tree["ternary"])
     return OpenRun(path, program, to_device(tree["ternary"]), int(tree["step"]))

@@ -3,12 +3,12 @@
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from arbs_jax.cli.display import console, errors
+from arbs_jax.cli.options import CheckpointFlag, RunFlag, real, whole
 from arbs_jax.cli.runs import open_run
 from arbs_jax.cli.text import StreamDecoder, printable, sample_bytes
 from arbs_jax.compilation import enable_cache
@@ -20,22 +20,19 @@ from arbs_jax.sampling import SamplingConfig
 class Sample:
     """Write text with a trained run, one position per new byte through a key/value cache."""
 
-    run: Annotated[Path | None, tyro.conf.arg(help="Run folder (default: the newest below runs/).", metavar="DIR")] = (
-        None
-    )
-    checkpoint: str = "best"
-    """latest, best, final or a step number."""
-    prompt: str = "\n"
+    run: RunFlag = None
+    checkpoint: CheckpointFlag = None
+    prompt: Annotated[str, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: a new line)")] = "\n"
     """Text to go on from."""
-    bytes: int = 512
+    bytes: Annotated[int, whole("--bytes")] = 512
     """How many bytes to write."""
-    temperature: float = SamplingConfig.temperature
+    temperature: Annotated[float, real("--temperature")] = SamplingConfig.temperature
     """0 takes the likeliest byte every time."""
-    top_k: int = SamplingConfig.top_k
+    top_k: Annotated[int, whole("--top-k")] = SamplingConfig.top_k
     """Draw from the k likeliest bytes; 0 from all."""
-    top_p: float = SamplingConfig.top_p
+    top_p: Annotated[float, real("--top-p")] = SamplingConfig.top_p
     """Draw from the likeliest bytes that make up this probability."""
-    seed: int = SamplingConfig.seed
+    seed: Annotated[int, whole("--seed")] = SamplingConfig.seed
     """Same seed, same text."""
     packed: bool = False
     """Multiply from the packed state at every byte: least memory, slower than weights decoded once."""
@@ -46,16 +43,19 @@ def run(args: Sample) -> None:
     sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.seed)
     if args.bytes < 1:
         raise ConfigError(f"--bytes must be at least 1, got {args.bytes}")
+    # A word of the command line that is not UTF-8 holds its bytes as surrogates.
+    prompt = args.prompt.encode(errors="surrogateescape")
+    if not prompt:
+        raise ConfigError("--prompt is empty; give at least one byte to go on from")
     enable_cache()
     opened = open_run(args.run, args.checkpoint)
-    prompt = args.prompt.encode()
-    console.print(printable(prompt), end="", markup=False)
+    console.print(printable(prompt), end="")
     decoder, first = StreamDecoder(), None
     for byte in sample_bytes(opened.program, opened.ternary, prompt, args.bytes, sampling, packed=args.packed):
         first = first or time.perf_counter()
-        console.print(decoder(byte), end="", markup=False)
+        console.print(decoder(byte), end="")
         sys.stdout.flush()
-    console.print()
+    console.print(decoder.end())
     if first is not None and args.bytes > 1:
         rate = (args.bytes - 1) / (time.perf_counter() - first)
         errors.print(

@@ -57,3 +57,7 @@ class StreamDecoder:
     def __call__(self, byte: int) -> str:
         """Text that this byte completes, possibly empty."""
         return printable(self._decoder.decode(bytes([byte])).encode())
+
+    def end(self) -> str:
+        """Text for a character that was never completed, possibly empty."""
+        return printable(self._decoder.decode(b"", final=True).encode())

@@ -34,7 +34,7 @@ class ModelConfig:
     """Key/value heads; divides `heads`."""
     head_dim: int = 32
     """Channels of a head, even."""
-    hidden: int = 352
+    hidden: int = 320
     """Channels of the gated MLP."""
     context: int = 1024
     """Longest sequence the model is meant for, in bytes."""
@@ -91,7 +91,8 @@ class Attention(nn.Module):
         if cache is None:
             y_BxTxHxC = jax.nn.dot_product_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, is_causal=True)
         else:
-            at = (0, start, 0, 0)
+            zero = jnp.zeros((), jnp.int32)
+            at = (zero, jnp.asarray(start, jnp.int32), zero, zero)
             cache = {
                 "k": jax.lax.dynamic_update_slice(cache["k"], k_BxTxKxC.astype(cache["k"].dtype), at),
                 "v": jax.lax.dynamic_update_slice(cache["v"], v_BxTxKxC.astype(cache["v"].dtype), at),
@@ -139,7 +140,7 @@ def embedding(config: ModelConfig, ternary: TernaryConfig, name: str | None = No
 
 def output_head(ternary: TernaryConfig, name: str | None = None) -> TernaryDense:
     """The untied projection to logits."""
-    return TernaryDense(features=VOCABULARY, config=ternary, name=name)
+    return TernaryDense(features=VOCABULARY, table=True, config=ternary, name=name)
 
 
 class ByteLM(nn.Module):

@@ -7,7 +7,7 @@ from arbs_jax.errors import ConfigError
 from arbs_jax.models.byte_lm import ModelConfig
 
 PRESETS: dict[str, ModelConfig] = {
-    "byte-0.4m": ModelConfig(width=128, layers=2, heads=4, kv_heads=2, head_dim=32, hidden=352, context=1024),
+    "byte-0.4m": ModelConfig(width=128, layers=2, heads=4, kv_heads=2, head_dim=32, hidden=320, context=1024),
     "byte-3m": ModelConfig(width=256, layers=4, heads=4, kv_heads=4, head_dim=64, hidden=672, context=1024),
     "byte-10m": ModelConfig(width=384, layers=6, heads=6, kv_heads=2, head_dim=64, hidden=1024, context=2048),
     "byte-25m": ModelConfig(width=512, layers=9, heads=8, kv_heads=2, head_dim=64, hidden=1376, context=2048),

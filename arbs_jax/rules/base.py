@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from arbs_jax.state import Matrix, MatrixSpec
+from arbs_kernels.codec import unpack_rows
 
 Votes = dict[str, jax.Array]
+Report = dict[str, jax.Array]
+"""float32 () sums by name; they add up over matrices."""
 
 
 class Rule(Protocol):
@@ -30,12 +33,22 @@ class Rule(Protocol):
         """Group scales `S = 2^(E + shift)`, float32 (..., N, R)."""
         ...
 
-    def vote(self, collected: Votes, spec: MatrixSpec, key: jax.Array) -> Votes:
-        """Turns what one backward contribution collected (float32) into integers that add exactly."""
+    def vote(self, collected: Votes, matrix: Matrix, spec: MatrixSpec, key: jax.Array) -> Votes:
+        """Turns what one backward contribution collected (float32) into integers that add exactly.
+
+        `key` is of this contribution alone: of the run, matrix, step, micro-batch and shard.
+        """
         ...
 
     def update(self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, key: jax.Array) -> Matrix:
-        """The state after these summed votes; `step` is int32 (), the number of updates before this one."""
+        """The state after these summed votes.
+
+        `step` is int32 (), the number of updates before this one; `key` is of the run and matrix, the same every step.
+        """
+        ...
+
+    def report(self, before: Matrix, after: Matrix, spec: MatrixSpec) -> Report:
+        """What a person watches of one matrix's update, as sums over its weights or groups; see `base_report`."""
         ...
 
 
@@ -55,3 +68,35 @@ def score_vote(collected: Votes) -> Votes:
 def per_group(scalar: jax.Array) -> jax.Array:
     """A per-matrix value (...) shaped to broadcast over (..., N, R)."""
     return scalar[..., None, None]
+
+
+def base_report(rule: Rule, before: Matrix, after: Matrix, spec: MatrixSpec) -> Report:
+    """Sums over one unstacked matrix.
+
+    `weights` and `groups` there are; `flips`, trits that changed; `zeros`, trits that are 0 now; `drift`, |log2 of the
+    scale over the base scale|; `saturated`, 0 for rules without latents.
+    """
+    old, new = (unpack_rows(matrix["trits"], spec.in_features) for matrix in (before, after))
+    shift = jnp.log2(rule.scale(after, spec.group_size)) - after["exponent"].astype(jnp.float32)
+    return {
+        "weights": jnp.float32(spec.out_features * spec.in_features),
+        "groups": jnp.float32(spec.out_features * spec.groups),
+        "flips": jnp.sum(old != new, dtype=jnp.float32),
+        "zeros": jnp.sum(new == 0, dtype=jnp.float32),
+        "drift": jnp.sum(jnp.abs(shift)),
+        "saturated": jnp.zeros((), jnp.float32),
+    }
+
+
+def shares(total: Report) -> dict[str, jax.Array]:
+    """Metrics of a whole model from added reports.
+
+    `flip_rate`, `zero_share` and `saturation` are shares of all weights; `scale_drift` is a mean over groups, in powers
+    of two.
+    """
+    return {
+        "flip_rate": total["flips"] / total["weights"],
+        "zero_share": total["zeros"] / total["weights"],
+        "saturation": total["saturated"] / total["weights"],
+        "scale_drift": total["drift"] / total["groups"],
+    }

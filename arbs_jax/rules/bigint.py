@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from arbs_jax.errors import ConfigError
-from arbs_jax.rules.base import Votes, exp2_scale, per_group, score_vote
+from arbs_jax.rules.base import Report, Votes, base_report, exp2_scale, per_group, score_vote
 from arbs_jax.state import Matrix, MatrixSpec
 
 
@@ -35,7 +35,7 @@ class BigInt:
         shift = self.strength * leaves["corr"].astype(jnp.float32) / jnp.maximum(taken, 1.0)
         return exp2_scale(leaves["exponent"], jnp.where(taken > 0, shift, 0.0))
 
-    def vote(self, collected: Votes, spec: MatrixSpec, key: jax.Array) -> Votes:
+    def vote(self, collected: Votes, matrix: Matrix, spec: MatrixSpec, key: jax.Array) -> Votes:
         """Score and count as int32."""
         return score_vote(collected)
 
@@ -45,3 +45,7 @@ class BigInt:
             "corr": matrix["corr"] - votes["score"].astype(jnp.int64),
             "votes": matrix["votes"] + votes["count"].astype(jnp.int64),
         }
+
+    def report(self, before: Matrix, after: Matrix, spec: MatrixSpec) -> Report:
+        """See `base_report`; trits never flip."""
+        return base_report(self, before, after, spec)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from arbs_jax.errors import ConfigError
-from arbs_jax.rules.base import Votes, exp2_scale, score_vote
+from arbs_jax.rules.base import Report, Votes, base_report, exp2_scale, score_vote
 from arbs_jax.rules.schedule import UNIT_BITS, Schedule
 from arbs_jax.state import Matrix, MatrixSpec
 
@@ -21,7 +21,7 @@ class Integral:
     `lr_q = round(learning_rate * 2^fraction_bits / (sqrt(G) * votes_per_step))` times the schedule.
     """
 
-    learning_rate: float = 0.03
+    learning_rate: float = 0.015
     """Peak step of the log2-scale for a score of sqrt(G), summed over one step's votes."""
     schedule: Schedule = Schedule()
     """Multiplier of the rate over the run."""
@@ -50,12 +50,17 @@ class Integral:
         return exp2_scale(leaves["exponent"], shift)
 
     def integer_rate(self, step: jax.Array, group_size: int) -> jax.Array:
-        """`lr_q` at a step, int64 ()."""
+        """`lr_q` at a step, int64 (). Raises ConfigError if the peak rounds to 0."""
         peak = round(self.learning_rate * 2**self.fraction_bits / (math.sqrt(group_size) * self.votes_per_step))
+        if peak == 0:
+            raise ConfigError(
+                f"rule.learning_rate {self.learning_rate} rounds to 0 at fraction_bits {self.fraction_bits} and "
+                f"group_size {group_size}; raise one of the first two"
+            )
         # Made an array by name: as a Python number a peak past 31 bits would not fit JAX's default integer.
         return (self.schedule.multiplier(step) * jnp.asarray(peak, jnp.int64)) >> UNIT_BITS
 
-    def vote(self, collected: Votes, spec: MatrixSpec, key: jax.Array) -> Votes:
+    def vote(self, collected: Votes, matrix: Matrix, spec: MatrixSpec, key: jax.Array) -> Votes:
         """Score and count as int32."""
         return score_vote(collected)
 
@@ -66,3 +71,7 @@ class Integral:
             "corr": matrix["corr"] - rate * votes["score"].astype(jnp.int64),
             "votes": matrix["votes"] + votes["count"].astype(jnp.int64),
         }
+
+    def report(self, before: Matrix, after: Matrix, spec: MatrixSpec) -> Report:
+        """See `base_report`; trits never flip."""
+        return base_report(self, before, after, spec)

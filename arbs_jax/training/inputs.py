@@ -64,7 +64,7 @@ class Inputs:
         return validation_windows(
             self.validation,
             context=train.context,
-            batch=min(log.eval_windows, 4 * train.batch),
+            batch=self.config.validation_batch,
             max_windows=log.eval_windows,
         )
 

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from arbs_jax.layers import COLLECTION, PROBES
 from arbs_jax.models.stages import Carry, Stage, Subtrees
 from arbs_jax.rules import Rule
+from arbs_jax.rules.base import Report
 from arbs_jax.state import MatrixSpec, flatten_specs, map_matrices
 from arbs_jax.votes import make_probes, matrix_key
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sweep:
     """A forward/backward/update pass over stages; holds what is static."""
 
@@ -35,25 +36,26 @@ class Sweep:
 
     def __call__(
         self, ternary: Subtrees, batch: Any, step: jax.Array, key: jax.Array, blocked: jax.Array
-    ) -> tuple[Subtrees, jax.Array, jax.Array]:
+    ) -> tuple[Subtrees, jax.Array, jax.Array, Report]:
         """One step.
 
         Args:
             ternary: integer state, a dict of subtrees.
             batch: pytree whose leaves have a leading micro-batch axis A.
             step: int32 (), updates taken before this one.
-            key: seeds the rules that sample; specific to this run and step, the same on every shard.
+            key: seeds the rules that sample and round; of this run, the same on every step and shard.
             blocked: bool (); when true the state is returned unchanged.
 
         Returns:
-            (state, mean loss float32 (), whether the state moved bool ()). A loss that is not finite blocks the update.
+            (state, mean loss float32 (), whether the state moved bool (), the rule's report summed over all matrices).
+            A loss that is not finite blocks the update.
         """
         saved, loss = self._forward(ternary, batch)
         if self.axis_name is not None:
             loss = jax.lax.pmean(loss, self.axis_name)
         moves = jnp.isfinite(loss) & ~blocked
-        ternary = self._backward(ternary, saved, batch, step, key, moves)
-        return ternary, loss, moves
+        ternary, report = self._backward(ternary, saved, batch, step, key, moves)
+        return ternary, loss, moves, report
 
     def _forward(self, ternary: Subtrees, batch: Any) -> tuple[list[Any], jax.Array]:
         carry: Carry = None
@@ -74,8 +76,9 @@ class Sweep:
 
     def _backward(
         self, ternary: Subtrees, saved: list[Any], batch: Any, step: jax.Array, key: jax.Array, moves: jax.Array
-    ) -> Subtrees:
+    ) -> tuple[Subtrees, Report]:
         ternary = dict(ternary)
+        reports: list[Report] = []
         micro = jax.tree.leaves(batch)[0].shape[0]
         cotangent: Carry = jnp.ones((micro,), jnp.float32)
         pending: dict[str, Any] = {}
@@ -83,19 +86,23 @@ class Sweep:
             stage = self.stages[position]
             if stage.stacked:
                 (name,) = stage.keys
-                cotangent, ternary[name] = self._stacked_backward(
+                cotangent, ternary[name], report = self._stacked_backward(
                     stage, ternary[name], saved[position], cotangent, batch, step, key, moves
                 )
+                reports.append(report)
                 continue
             subtrees = {name: ternary[name] for name in stage.keys}
-            cotangent, votes = self._micro_backward(stage, subtrees, saved[position], cotangent, batch, key)
+            # A matrix that two stages read votes in each, with random bits of its own.
+            stage_key = jax.random.fold_in(key, 2**31 + position)
+            cotangent, votes = self._micro_backward(stage, subtrees, saved[position], cotangent, batch, step, stage_key)
             for name in stage.keys:
                 total = jax.tree.map(jnp.add, pending.pop(name), votes[name]) if name in pending else votes[name]
                 if any(name in earlier.keys for earlier in self.stages[:position]):
                     pending[name] = total
                 else:
-                    ternary[name] = self._moved(name, ternary[name], total, step, key, moves)
-        return ternary
+                    ternary[name], report = self._moved(name, ternary[name], total, step, key, moves)
+                    reports.append(report)
+        return ternary, jax.tree.map(lambda *parts: sum(parts), *reports)
 
     def _stacked_backward(
         self,
@@ -107,27 +114,27 @@ class Sweep:
         step: jax.Array,
         key: jax.Array,
         moves: jax.Array,
-    ) -> tuple[Carry, Any]:
+    ) -> tuple[Carry, Any, Report]:
         (name,) = stage.keys
         layers = jax.tree.leaves(stack)[0].shape[0]
 
         # The stack is carried, not scanned over: a loop updates its carry in place, where scanned inputs and outputs
         # would be two copies of the state.
-        def layer(carry: tuple[Carry, Any], entry: tuple[jax.Array, Any]) -> tuple[tuple[Carry, Any], None]:
+        def layer(carry: tuple[Carry, Any], entry: tuple[jax.Array, Any]) -> tuple[tuple[Carry, Any], Report]:
             cotangent, stack = carry
             index, kept = entry
             subtree = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
             layer_key = jax.random.fold_in(key, index + 1)
-            cotangent, votes = self._micro_backward(stage, {name: subtree}, kept, cotangent, batch, layer_key)
-            moved = self._moved(name, subtree, votes[name], step, layer_key, moves)
+            cotangent, votes = self._micro_backward(stage, {name: subtree}, kept, cotangent, batch, step, layer_key)
+            moved, report = self._moved(name, subtree, votes[name], step, layer_key, moves)
             stack = jax.tree.map(
                 lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, index, 0), stack, moved
             )
-            return (cotangent, stack), None
+            return (cotangent, stack), report
 
         indices = jnp.arange(layers, dtype=jnp.int32)
-        (cotangent, stack), _ = jax.lax.scan(layer, (cotangent, stack), (indices, saved), reverse=True)
-        return cotangent, stack
+        (cotangent, stack), reports = jax.lax.scan(layer, (cotangent, stack), (indices, saved), reverse=True)
+        return cotangent, stack, jax.tree.map(jnp.sum, reports)
 
     def _micro_forward(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any]:
         """The stage over every micro-batch: (carries stacked over A, what backward needs stacked over A)."""
@@ -141,7 +148,14 @@ class Sweep:
         return _map_micro(one, (carry, batch))
 
     def _micro_backward(
-        self, stage: Stage, subtrees: Subtrees, saved: Any, cotangent: Carry, batch: Any, key: jax.Array
+        self,
+        stage: Stage,
+        subtrees: Subtrees,
+        saved: Any,
+        cotangent: Carry,
+        batch: Any,
+        step: jax.Array,
+        key: jax.Array,
     ) -> tuple[Carry, Subtrees]:
         """(cotangents of the carry stacked over A, votes summed over A and over the mapped axis)."""
         specs = {name: flatten_specs(self.specs[name], name) for name in stage.keys}
@@ -150,11 +164,11 @@ class Sweep:
             kept, cotangent, batch, index = entry
             pull = self._vjp(stage, subtrees, kept, batch)[1] if self.remat else kept
             collected, cotangent = pull(cotangent)
-            micro_key = jax.random.fold_in(key, index)
+            micro_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
             votes = {
                 name: map_matrices(
-                    lambda path, _, found, by_path=specs[name]: self.rule.vote(
-                        found, by_path[path], matrix_key(micro_key, path)
+                    lambda path, matrix, found, by_path=specs[name]: self.rule.vote(
+                        found, matrix, by_path[path], matrix_key(micro_key, path)
                     ),
                     subtrees[name],
                     collected[name],
@@ -182,15 +196,21 @@ class Sweep:
 
         return jax.vjp(run, probes, carry)
 
-    def _moved(self, name: str, subtree: Any, votes: Any, step: jax.Array, key: jax.Array, moves: jax.Array) -> Any:
-        """The subtree after its votes, or as it was where `moves` is false."""
+    def _moved(
+        self, name: str, subtree: Any, votes: Any, step: jax.Array, key: jax.Array, moves: jax.Array
+    ) -> tuple[Any, Report]:
+        """The subtree after its votes, or as it was where `moves` is false, and the report over its matrices."""
+        reports: list[Report] = []
         by_path: dict[str, MatrixSpec] = flatten_specs(self.specs[name], name)
 
         def one(path: str, matrix: Any, cast: Any) -> Any:
             new = self.rule.update(dict(matrix), cast, by_path[path], step, matrix_key(key, path))
-            return jax.tree.map(lambda after, before: jnp.where(moves, after, before), new, dict(matrix))
+            chosen = jax.tree.map(lambda after, before: jnp.where(moves, after, before), new, dict(matrix))
+            reports.append(self.rule.report(dict(matrix), chosen, by_path[path]))
+            return chosen
 
-        return map_matrices(one, subtree, votes, prefix=name)
+        moved = map_matrices(one, subtree, votes, prefix=name)
+        return moved, jax.tree.map(lambda *parts: sum(parts), *reports)
 
 
 def _map_micro(function: Callable[[Any], tuple[Any, Any]], entries: Any, *, summed: bool = False) -> tuple[Any, Any]:

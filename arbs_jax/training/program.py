@@ -31,7 +31,12 @@ class Program:
         """Rule, group size and operators of every matrix."""
         config = self.config
         return TernaryConfig(
-            rule=make_rule(config.rule, steps=config.train.steps, votes_per_step=config.train.accum),
+            rule=make_rule(
+                config.rule,
+                steps=config.train.steps,
+                votes_per_step=config.train.accum,
+                dtype=config.model.dtype,
+            ),
             group_size=config.group_size,
             init=config.init,
             implementation=None if config.train.kernel == "auto" else config.train.kernel,
@@ -70,7 +75,7 @@ class Program:
 
     @property
     def _seed(self) -> np.uint32:
-        return np.uint32(self.config.train.seed % 2**32)
+        return np.uint32(self.config.train.seed)
 
     @cached_property
     def abstract_state(self) -> TrainState:
@@ -104,6 +109,12 @@ class Program:
             return jnp.sum(jnp.where(valid[:, None], losses, 0.0))
 
         return nats
+
+    def compile_evaluation(self) -> None:
+        """Compiles one validation batch ahead of time."""
+        batch, window = self.config.validation_batch, self.config.train.context + 1
+        tokens, valid = jax.ShapeDtypeStruct((batch, window), jnp.uint8), jax.ShapeDtypeStruct((batch,), jnp.bool_)
+        self._nats.lower(self.abstract_state.ternary, tokens, valid).compile()
 
     def evaluate(self, ternary: Any, batches: list[ValidationBatch]) -> float:
         """Mean nats per byte over all valid windows."""

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from arbs_jax.rules.base import shares
 from arbs_jax.training.layerwise import Sweep
 
 
@@ -35,17 +36,17 @@ def fresh_state(ternary: dict[str, Any]) -> TrainState:
 def make_step(sweep: Sweep, seed: int) -> StepFunction:
     """The pure step `(state, tokens uint8 (A, B, T+1)) -> (state, metrics)`; not yet jitted.
 
-    Metrics: `loss`, float32 () nats per byte, mean over the A micro-batches; `halted`, int32 (). A step whose loss is
+    Metrics: `loss`, float32 () nats per byte, mean over the A micro-batches; `halted`, int32 (); `flip_rate`,
+    `zero_share`, `saturation` and `scale_drift` (`arbs_jax.rules.base.shares`). A step whose loss is
     not finite leaves every leaf as it was and halts: later steps change nothing, so a host that fetches metrics late
     loses nothing.
     """
 
     def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        ternary, loss, moved = sweep(state.ternary, tokens, state.step, key, state.halted > 0)
+        ternary, loss, moved, report = sweep(state.ternary, tokens, state.step, jax.random.key(seed), state.halted > 0)
         taken = moved.astype(jnp.int32)
         after = TrainState(ternary=ternary, step=state.step + taken, halted=1 - taken)
-        return after, {"loss": loss, "halted": after.halted}
+        return after, {"loss": loss, "halted": after.halted, **shares(report)}
 
     return step
 

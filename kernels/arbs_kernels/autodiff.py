@@ -97,10 +97,13 @@ def _names(probe: Probe | None) -> dict[str, tuple[()]] | None:
     return None if probe is None else dict.fromkeys(probe, ())
 
 
-def _votes(probe: Mapping[str, Any] | None, dw: Callable[[], jax.Array], score: Callable[[], jax.Array]) -> dict | None:
+def _votes(
+    probe: Mapping[str, Any] | None, dy: jax.Array, dw: Callable[[], jax.Array], score: Callable[[], jax.Array]
+) -> dict | None:
     if probe is None:
         return None
-    collected = {"count": jnp.ones((), jnp.float32)}
+    # Always 1, but made from `dy`: what does not depend on mapped values `vmap` would not sum over its uses.
+    collected = {"count": jnp.where(jnp.any(jnp.isnan(dy)), jnp.float32(1), jnp.float32(1))}
     if "score" in probe:
         collected["score"] = score().astype(jnp.float32)
     if "gradient" in probe:
@@ -136,6 +139,7 @@ def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
     )
     votes = _votes(
         probe,
+        dy,
         dw=lambda: weight_gradient(x, dy),
         score=lambda: correlation_score(
             x, dy, leaves["trits"], group_size=spec.group_size, implementation=spec.implementation
@@ -172,7 +176,7 @@ def _gather_backward(spec: MatmulSpec, dtype: jnp.dtype, saved, dy: jax.Array):
         table = jnp.zeros((leaves["trits"].shape[0], spec.in_features), jnp.float32)
         return table.at[ids.reshape(-1)].add(rows)
 
-    votes = _votes(probe, dw=dw, score=lambda: score_of_gradient(dw(), leaves["trits"], group_size=spec.group_size))
+    votes = _votes(probe, dy, dw=dw, score=lambda: score_of_gradient(dw(), leaves["trits"], group_size=spec.group_size))
     return None, None, votes
 
 

@@ -1,0 +1,213 @@
+"""Rules that move the trits: integer latents, integer momentum, integer second moments.
+
+One step of one matrix, with `v` the latent (`arbs_jax.rules.planes`), `g` the gradient of a vote:
+
+    u      = g / RMS, by stored row and column moments (Adafactor's factored form), clipped to [-4, 4]
+    m      = beta m + (1 - beta) u                  integer momentum (`arbs_jax.rules.momentum`)
+    d      = (1 - mix) m + mix u
+    d      = polar factor of d                      Newton-Schulz, as in Muon; not for tables
+    d      = RMS(d) sign(d) |d / RMS(d)|^power      large entries first: most steps are below one unit of v
+    v     <- v + floor(-rate sigma d + dither)      sigma the spread of fresh latents
+    shift <- shift - scale_rate * score             integrated log2-scale, as in `integral`
+
+What a vote carries is integers only, so votes of micro-batches and shards add exactly: `u` as an int8 sample, the logs
+of the row and column moments, the score. Floats live inside the update of one matrix.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from arbs_jax.errors import ConfigError
+from arbs_jax.rules import planes
+from arbs_jax.rules.base import Report, Votes, base_report, exp2_scale
+from arbs_jax.rules.momentum import Int8Momentum, LowRankMomentum, Momentum, NoMomentum
+from arbs_jax.rules.noise import dither, salt_of, white
+from arbs_jax.rules.orthogonal import newton_schulz
+from arbs_jax.rules.schedule import UNIT_BITS, Schedule
+from arbs_jax.state import Matrix, MatrixSpec
+from arbs_kernels.codec import unpack_rows
+from arbs_kernels.decode import group_sum
+
+_FRACTION_BITS = 24
+_CLIP = 4.0
+_SAMPLE_STEPS = 31
+"""int8 steps per unit of `u`: 4 * 31 = 124 fits."""
+_SCORE_STEPS = 256
+"""Steps per unit of the normalised score."""
+_LOG_STEPS = 16
+"""Steps per power of two of the stored moments."""
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Latent:
+    """See the module. Named settings of it, by bits of state, are in `arbs_jax.rules.registry`."""
+
+    planes: int = 5
+    """Trit planes of a latent, 3^planes levels."""
+    momentum: str = "low-rank"
+    """"low-rank", "int8" or "none"."""
+    rank_divisor: int = 16
+    """Rank of the low-rank momentum is min(N, K) divided by this."""
+    learning_rate: float = 0.08
+    """Peak step of a latent, in units of the spread of fresh latents."""
+    table_rate: float = 3.0
+    """Multiplier of the rate for tables, whose steps are not orthogonalised and therefore smaller."""
+    scale_rate: float = 0.02
+    """Peak step of the log2-scale for a score of one RMS."""
+    beta: float = 0.95
+    """Decay of the momentum."""
+    mix: float = 0.2
+    """Share of the fresh sample in the step, beside the momentum."""
+    moment_decay: float = 0.95
+    """Decay of the row and column second moments; 0 uses this step's alone and stores none."""
+    power: float = 2.0
+    """Exponent of a step's entries, at constant RMS."""
+    cautious: bool = False
+    """Hold entries whose step disagrees in sign with the fresh sample."""
+    schedule: Schedule = Schedule(final=0.0)
+    """Multiplier of both rates."""
+    dtype: str = "float32"
+    """Of the Newton-Schulz products: "float32" or "bfloat16"."""
+
+    probe = "gradient"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.planes <= 5:
+            raise ConfigError(f"rule.planes must be in [1, 5], got {self.planes}")
+        if self.momentum not in ("low-rank", "int8", "none"):
+            raise ConfigError(f"rule.momentum must be 'low-rank', 'int8' or 'none', got {self.momentum!r}")
+        if not 0 < self.learning_rate <= 4:
+            raise ConfigError(f"rule.learning_rate must be in (0, 4] spreads a step, got {self.learning_rate}")
+        for name in ("beta", "mix", "moment_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"rule.{name} must be in [0, 1], got {getattr(self, name)}")
+
+    @property
+    def _momentum(self) -> Momentum:
+        if self.momentum == "low-rank":
+            return LowRankMomentum(self.rank_divisor)
+        return Int8Momentum() if self.momentum == "int8" else NoMomentum()
+
+    def init(self, key: jax.Array, matrix: Matrix, spec: MatrixSpec) -> Matrix:
+        """Redraws the trits as leading digits of fresh latents; adds `residual`, the momentum's leaves, and
+        `row_moment` int16 (N,), `column_moment` int16 (K,)."""
+        latents, momentum = jax.random.split(key)
+        fresh = matrix | planes.init(latents, spec, self.planes) | self._momentum.init(momentum, spec.shape)
+        if self.moment_decay:
+            fresh["row_moment"] = jnp.zeros((spec.out_features,), jnp.int16)
+            fresh["column_moment"] = jnp.zeros((spec.in_features,), jnp.int16)
+        return fresh
+
+    def scale(self, leaves: Mapping[str, jax.Array], group_size: int) -> jax.Array:
+        """Group scales, float32 (..., N, R)."""
+        return exp2_scale(leaves["exponent"], leaves["corr"].astype(jnp.float32) * 2.0**-_FRACTION_BITS)
+
+    def vote(self, collected: Votes, matrix: Matrix, spec: MatrixSpec, key: jax.Array) -> Votes:
+        """The gradient as integers, all int32: `sample` (N, K) in 1/31 RMS, `rows` (N,) and `columns` (K,) log2 moments
+        in 1/16, `score` (N, R) in 1/256 RMS, `count` (). An all-zero or non-finite gradient is no vote at all."""
+        g = collected["gradient"]
+        squares = jnp.square(g)
+        rows, columns = jnp.mean(squares, axis=1), jnp.mean(squares, axis=0)
+        usable = (jnp.mean(rows) > 0) & jnp.isfinite(jnp.mean(rows))
+        u = jnp.clip(g * _inverse_rms(rows, columns), -_CLIP, _CLIP)
+        sample = jnp.floor(u * _SAMPLE_STEPS + white(salt_of(key), 0, jnp.int32(0), spec.shape))
+        agreement = group_sum(g * unpack_rows(matrix["trits"], spec.in_features), spec.group_size)
+        score = jnp.clip(agreement * jax.lax.rsqrt(jnp.mean(jnp.square(agreement)) + _TINY), -_CLIP, _CLIP)
+        cast = {
+            "sample": sample,
+            "rows": _LOG_STEPS * jnp.log2(rows + _TINY),
+            "columns": _LOG_STEPS * jnp.log2(columns + _TINY),
+            "score": score * _SCORE_STEPS,
+            "count": collected["count"],
+        }
+        return {name: jnp.where(usable, jnp.round(value), 0).astype(jnp.int32) for name, value in cast.items()}
+
+    def update(self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, key: jax.Array) -> Matrix:
+        """The matrix after these votes, unchanged if there was none; see the module."""
+        count = jnp.maximum(votes["count"], 1)
+        multiplier = self.schedule.multiplier(step)
+        peak = jnp.asarray(round(self.scale_rate * 2**_FRACTION_BITS), jnp.int64)
+        rate = (multiplier * peak) >> UNIT_BITS
+        pull = rate * votes["score"].astype(jnp.int64) // (count.astype(jnp.int64) * _SCORE_STEPS)
+        moved = self._moved(matrix, votes, spec, step, salt_of(key))
+        after = (
+            matrix
+            | moved
+            | {
+                "corr": matrix["corr"] - pull,
+                "votes": matrix["votes"] + votes["count"].astype(jnp.int64),
+            }
+        )
+        return jax.tree.map(lambda new, old: jnp.where(votes["count"] > 0, new, old), after, dict(matrix))
+
+    def report(self, before: Matrix, after: Matrix, spec: MatrixSpec) -> Report:
+        """See `base_report`; `saturated` counts latents at either end of their range."""
+        v = planes.decode(after["trits"], after.get("residual"), spec.in_features)
+        ends = jnp.sum(jnp.abs(v) == planes.half_range(self.planes), dtype=jnp.float32)
+        return base_report(self, before, after, spec) | {"saturated": ends}
+
+    def _moved(self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, salt: jax.Array) -> Matrix:
+        """Latents, momentum and moments after these votes."""
+        count = jnp.maximum(votes["count"], 1).astype(jnp.float32)
+        u = votes["sample"].astype(jnp.float32) / (_SAMPLE_STEPS * count)
+        rows, columns = (votes[name].astype(jnp.float32) / count for name in ("rows", "columns"))
+        moments: Matrix = {}
+        if self.moment_decay:
+            first = matrix["votes"] == 0
+            row_log = self._blend(matrix["row_moment"], rows, first)
+            column_log = self._blend(matrix["column_moment"], columns, first)
+            u = u * _inverse_rms(_unlog(row_log), _unlog(column_log)) / _inverse_rms(_unlog(rows), _unlog(columns))
+            u = jnp.clip(u, -_CLIP, _CLIP)
+            moments = {
+                "row_moment": _round_log(row_log, salt, 4, step),
+                "column_moment": _round_log(column_log, salt, 5, step),
+            }
+        m, kept = self._momentum.advance(dict(matrix), u, self.beta, salt, step)
+        d = self._direction(m, u, spec)
+        rate = self.learning_rate * (self.table_rate if spec.table else 1.0)
+        rate *= self.schedule.multiplier(step).astype(jnp.float32) * 2.0**-UNIT_BITS
+        change = jnp.floor(-rate * planes.spread(self.planes) * d + dither(salt, 6, step, spec.shape))
+        v = planes.decode(matrix["trits"], matrix.get("residual"), spec.in_features)
+        half = planes.half_range(self.planes)
+        v = jnp.clip(v.astype(jnp.float32) + change, -half, half).astype(jnp.int16)
+        return planes.encode(v, self.planes) | kept | moments
+
+    def _direction(self, m: jax.Array, u: jax.Array, spec: MatrixSpec) -> jax.Array:
+        d = m if self.momentum == "none" else (1 - self.mix) * m + self.mix * u
+        if not spec.table:
+            d = newton_schulz(d, jnp.dtype(self.dtype))
+        rms = jnp.sqrt(jnp.mean(jnp.square(d)) + _TINY)
+        if self.power != 1:
+            d = jnp.sign(d) * rms * (jnp.abs(d) / rms) ** self.power
+        if self.cautious:
+            d = jnp.where(d * u > 0, d, 0.0)
+        return jnp.clip(d, -_CLIP, _CLIP)
+
+    def _blend(self, stored: jax.Array, now: jax.Array, first: jax.Array) -> jax.Array:
+        """Log2 (in 1/16) of the running mean of second moments whose logs are given."""
+        mean = self.moment_decay * _unlog(stored.astype(jnp.float32)) + (1 - self.moment_decay) * _unlog(now)
+        return jnp.where(first, now, _LOG_STEPS * jnp.log2(mean + _TINY))
+
+
+def _unlog(log: jax.Array) -> jax.Array:
+    return jnp.exp2(log / _LOG_STEPS)
+
+
+def _round_log(log: jax.Array, salt: jax.Array, stream: int, step: jax.Array) -> jax.Array:
+    """int16 codes, stochastically rounded so that a slow drift is not lost."""
+    return jnp.floor(log + white(salt, stream, step, (1, log.shape[0]))[0]).astype(jnp.int16)
+
+
+def _inverse_rms(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """1/RMS of each element (N, K) from mean squares of rows (N,) and columns (K,).
+
+    `row * column / mean` is the rank-one estimate of the elements' mean squares (Shazeer and Stern, 2018). Moments far
+    below the mean are lifted to 1e-8 of it, so that dead rows stay quiet.
+    """
+    mean = jnp.mean(rows) + _TINY
+    lifted_rows, lifted_columns = rows + 1e-8 * mean, columns + 1e-8 * mean
+    return jax.lax.rsqrt(lifted_rows / mean)[:, None] * jax.lax.rsqrt(lifted_columns)[None, :]

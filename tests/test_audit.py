@@ -1,0 +1,83 @@
+"""The account of persistent state against a count by hand, and against what is really allocated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arbs_jax.audit import audit, require_integers
+from arbs_jax.config import RunConfig
+from arbs_jax.errors import StateError
+from arbs_jax.layers import COLLECTION
+from arbs_jax.models import PRESETS, VOCABULARY, ModelConfig
+from arbs_jax.rules import RuleConfig
+from arbs_jax.training.program import Program
+
+
+def matrices(model: ModelConfig) -> dict[str, list[tuple[int, int]]]:
+    """Shapes by part, from the architecture's description."""
+    query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    block = [
+        (query, model.width),
+        (key, model.width),
+        (key, model.width),
+        (model.width, query),
+        (model.hidden, model.width),
+        (model.hidden, model.width),
+        (model.width, model.hidden),
+    ]
+    table = [(VOCABULARY, model.width)]
+    return {"embed": table, "blocks": block * model.layers} | ({} if model.tied else {"head": table})
+
+
+def account_of(config: RunConfig, *more: jax.ShapeDtypeStruct):
+    program = Program(config)
+    state = program.abstract_state
+    return audit(program.abstract_variables, program.specs, [state.step, state.halted, *more])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("group_size", [32, 12])
+def test_every_preset_adds_up(name: str, group_size: int):
+    account = account_of(
+        RunConfig(preset=name, model=PRESETS[name], group_size=group_size, rule=RuleConfig("integral"))
+    )
+    by_part = matrices(PRESETS[name])
+    everything = [shape for shapes in by_part.values() for shape in shapes]
+    groups = sum(rows * -(-columns // group_size) for rows, columns in everything)
+    assert account.weights_by_part == {
+        part: sum(rows * columns for rows, columns in shapes) for part, shapes in by_part.items()
+    }
+    assert account.bytes_by_leaf == {
+        "trits": sum(rows * -(-columns // 5) for rows, columns in everything),
+        "exponent": groups,
+        "corr": 8 * groups,
+        "votes": 8 * len(everything),
+        "other": 2 * 4,
+    }
+    assert account.logical_ternary_weights == sum(account.weights_by_part.values())
+    assert account.state_bytes == sum(account.bytes_by_leaf.values())
+    assert account.bits_per_weight == 8 * account.state_bytes / account.logical_ternary_weights
+    assert account.float_params == account.float_buffers == 0
+    require_integers(account)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_allocated_is_what_was_counted(tied: bool):
+    config = RunConfig(model=ModelConfig(width=32, heads=2, kv_heads=1, head_dim=16, hidden=33, tied=tied))
+    state = Program(config).init_state()
+    assert account_of(config).state_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def test_floats_are_counted_and_refused():
+    program = Program(RunConfig(model=ModelConfig(width=32, heads=2, kv_heads=1, head_dim=16, hidden=32)))
+    variables = {
+        COLLECTION: program.abstract_variables[COLLECTION],
+        "params": {"gain": jax.ShapeDtypeStruct((32,), jnp.bfloat16)},
+        "batch_stats": {"mean": np.zeros((3, 5), np.float32), "count": np.zeros((), np.int32)},
+    }
+    account = audit(variables, program.specs, extra=[jax.ShapeDtypeStruct((7,), jnp.float32)])
+    assert (account.float_params, account.float_buffers) == (32, 15 + 7)
+    assert account.bytes_by_leaf["other"] == 32 * 2 + 15 * 4 + 4 + 7 * 4
+    with pytest.raises(StateError, match="found 32 float parameters and 22 floats in buffers"):
+        require_integers(account)

@@ -1,0 +1,90 @@
+"""Configurations: a round trip through JSON, and refusals that name the flag, both values and what to do."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from arbs_jax.cli.options import ModelFlags
+from arbs_jax.config import MAY_CHANGE, DataConfig, LogConfig, RunConfig, TrainConfig
+from arbs_jax.errors import ConfigError
+from arbs_jax.models import PRESETS, preset
+from arbs_jax.rules import RuleConfig
+from arbs_jax.state import InitConfig
+
+FAR_FROM_DEFAULT = RunConfig(
+    preset="byte-3m",
+    model=preset("byte-3m", tied=True, dtype="bfloat16", remat=False),
+    group_size=16,
+    init=InitConfig(exponent_range=(-4, -1)),
+    rule=RuleConfig("bigint", learning_rate=0.5, strength=16.0, warmup=7, final=0.5),
+    data=DataConfig("texts/", 0.25, 1234),
+    train=TrainConfig(steps=9, batch=3, context=128, accum=4, seed=2**32 - 1, kernel="xla"),
+    log=LogConfig(1, 2, 3, 4, 5),
+)
+
+
+@pytest.mark.parametrize("config", [RunConfig(), FAR_FROM_DEFAULT])
+def test_json_holds_all_of_it(config: RunConfig):
+    saved = json.loads(json.dumps(config.to_json()))
+    assert RunConfig.from_json(saved) == config
+    # What the folder adds is no concern of the configuration's.
+    assert RunConfig.from_json(saved | {"facts": {}, "unigram_entropy": 3.0}) == config
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda saved: saved.pop("train"),
+        lambda saved: saved["train"].update(speed=9),
+        lambda saved: saved["train"].update(steps="many"),
+        lambda saved: saved["init"].pop("exponent_range"),
+        lambda saved: saved.update(model=None),
+    ],
+)
+def test_a_saved_configuration_that_does_not_fit(damage: Any):
+    saved = FAR_FROM_DEFAULT.to_json()
+    damage(saved)
+    with pytest.raises(ConfigError, match="does not fit this version"):
+        RunConfig.from_json(saved)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(steps=0), "--steps must be at least 1, got 0"),
+        (lambda: TrainConfig(context=-2), "--ctx must be at least 1, got -2"),
+        (lambda: TrainConfig(seed=2**32), r"--seed must be in \[0, 2\^32\), got 4294967296"),
+        (lambda: TrainConfig(kernel="cuda"), "--kernel must be one of auto, xla, got 'cuda'"),
+        (lambda: LogConfig(eval_interval=0), "--eval-interval must be at least 1, got 0"),
+        (lambda: RunConfig(group_size=7), "--group-size must be one of 4, .*, got 7"),
+        (
+            lambda: RunConfig(train=TrainConfig(context=1025)),
+            "--ctx 1025 is longer than the model's context of 1024 bytes; lower it or choose another --preset",
+        ),
+    ],
+)
+def test_refusals(make: Any, message: str):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_flags_left_out_keep_what_the_run_has():
+    assert ModelFlags().resolve(FAR_FROM_DEFAULT) == FAR_FROM_DEFAULT
+    assert ModelFlags().resolve() == RunConfig()
+    assert ModelFlags(steps=20).resolve(FAR_FROM_DEFAULT).train == replace(FAR_FROM_DEFAULT.train, steps=20)
+    # The same preset again does not undo what else was chosen; another one does.
+    assert ModelFlags(preset="byte-3m").resolve(FAR_FROM_DEFAULT).model == FAR_FROM_DEFAULT.model
+    assert ModelFlags(preset="byte-10m").resolve(FAR_FROM_DEFAULT).model == PRESETS["byte-10m"]
+    # A rate is in the unit of its rule.
+    assert ModelFlags(rule="integral").resolve(FAR_FROM_DEFAULT).rule.learning_rate is None
+    assert ModelFlags(rule="bigint").resolve(FAR_FROM_DEFAULT).rule.learning_rate == 0.5
+
+
+def test_what_may_change_exists():
+    document = RunConfig().to_json() | {"facts": {}}
+    for key in MAY_CHANGE:
+        node = document
+        for part in key.split("."):
+            node = node[part]

@@ -1,0 +1,262 @@
+"""The sweep equals the textbook step on the whole model, in integers; its memory does not grow with the weights."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_chain
+from support import assert_trees_equal
+from toy_chain import RULE
+
+from arbs_jax import Integral, TernaryConfig, matrix_specs, update, value_and_votes
+from arbs_jax.models import ByteLM, ModelConfig, cross_entropy
+from arbs_jax.models.byte_stages import byte_stages
+from arbs_jax.rules import Schedule
+from arbs_jax.training.layerwise import Sweep
+
+STEP = jnp.int32(3)
+KEY = jax.random.key(0)
+
+
+def whole_loss(tied):
+    """Mean loss of one micro-batch: the stages run in a row, the stacked one layer by layer in Python."""
+
+    def loss(variables, batch):
+        carry = None
+        for stage in toy_chain.stages(tied=tied):
+            if not stage.stacked:
+                carry = stage.apply(variables, carry, batch)
+                continue
+            for layer in range(toy_chain.LAYERS):
+                carry = stage.apply(jax.tree.map(lambda leaf, at=layer: leaf[at], only_blocks(variables)), carry, batch)
+        return carry
+
+    return loss
+
+
+def only_blocks(variables):
+    return {collection: {"blocks": tree["blocks"]} for collection, tree in variables.items()}
+
+
+def jitted(*arguments, donate=(), **changes):
+    """The sweep of these arguments, compiled."""
+    sweep = Sweep(*arguments, **changes)
+    return jax.jit(lambda *inputs: sweep(*inputs), donate_argnums=donate)
+
+
+class Chain:
+    """One toy chain, its sweeps and its votes, each compiled once."""
+
+    def __init__(self, tied):
+        self.specs = toy_chain.specs(tied)
+        self.ternary = toy_chain.state(tied)
+        self.votes = jax.jit(value_and_votes(whole_loss(tied), RULE, self.specs))
+        self.sweeps = {
+            remat: jitted(toy_chain.stages(tied=tied), RULE, self.specs, remat=remat) for remat in (True, False)
+        }
+
+    def sweep(self, batch, remat=True, blocked=False, ternary=None):
+        ternary = self.ternary if ternary is None else ternary
+        return self.sweeps[remat](ternary, batch, STEP, KEY, jnp.asarray(blocked))
+
+
+@pytest.fixture(scope="module")
+def untied():
+    return Chain(tied=False)
+
+
+@pytest.fixture(scope="module")
+def tied():
+    return Chain(tied=True)
+
+
+@pytest.fixture(params=["untied", "tied"])
+def chain(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def three():
+    return toy_chain.batches(3)
+
+
+def micro(batch, index):
+    return jax.tree.map(lambda leaf: leaf[index], batch)
+
+
+def test_equals_votes_and_update_of_the_whole_model(chain, three):
+    """With three micro-batches: their votes are summed before anything moves."""
+    found = [chain.votes(chain.ternary, micro(three, index)) for index in range(3)]
+    total = jax.tree.map(lambda *leaves: sum(leaves), *(votes for _, votes in found))
+    expected = update(RULE, chain.specs, chain.ternary, total, STEP)
+    got, loss, moved = chain.sweep(three)
+    assert bool(moved)
+    assert loss.dtype == jnp.float32
+    # Sums of 24 and 96 terms, a few layers deep.
+    assert abs(float(loss) - np.mean([float(value) for value, _ in found])) < 1e-5 * float(loss)
+    assert_trees_equal(got, expected)
+    uses = {"first": 2 if "last" not in chain.specs else 1, "blocks": 1, "last": 1}
+    assert all((got_leaf != before).any() for got_leaf, before in corrs(got, chain.ternary))
+    assert [int(got["first"]["votes"])] == [3 * uses["first"]]
+    assert np.asarray(got["blocks"]["dense"]["votes"]).tolist() == [3] * toy_chain.LAYERS
+
+
+def corrs(*trees):
+    pick = lambda tree: [m["corr"] for m in (tree["first"], tree["blocks"]["dense"])]  # noqa: E731
+    return zip(*(map(np.asarray, pick(tree)) for tree in trees), strict=True)
+
+
+def test_keeping_activations_changes_nothing(chain, three):
+    assert_trees_equal(chain.sweep(three, remat=False)[0], chain.sweep(three, remat=True)[0])
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_one_micro_batch_is_the_same_path(untied, remat):
+    batch = toy_chain.batches(1, seed=5)
+    votes = untied.votes(untied.ternary, micro(batch, 0))[1]
+    assert_trees_equal(untied.sweep(batch, remat)[0], update(RULE, untied.specs, untied.ternary, votes, STEP))
+
+
+def test_the_order_of_micro_batches_does_not_matter(untied, three):
+    reordered = jax.tree.map(lambda leaf: leaf[jnp.asarray([2, 0, 1])], three)
+    assert_trees_equal(untied.sweep(reordered)[0], untied.sweep(three)[0])
+
+
+def test_a_canary_loses_no_unit(untied, three):
+    """Accumulators of 2^40 move by exactly what accumulators of 0 (and one octave more in E) move by."""
+    small = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: {
+            "corr": jnp.zeros_like(leaf),
+            "exponent": leaf + jnp.ones_like(leaf),
+        }.get(path[-1].key, leaf),
+        untied.ternary,
+    )
+    near_zero = untied.sweep(three, ternary=small)[0]
+    for got, moved in corrs(untied.sweep(three)[0], near_zero):
+        assert moved.dtype == got.dtype == np.int64
+        np.testing.assert_array_equal(got - toy_chain.CANARY, moved)
+
+
+@pytest.mark.parametrize("blocked", [True, False])
+def test_blocked_or_not_finite_leaves_every_bit(untied, three, blocked):
+    poisoned = three if blocked else three | {"y": three["y"].at[1, 0, 0].set(jnp.nan)}
+    got, loss, moved = untied.sweep(poisoned, blocked=blocked)
+    assert not bool(moved)
+    assert bool(jnp.isnan(loss)) != blocked
+    assert_trees_equal(got, untied.ternary)
+
+
+def test_a_rule_that_samples_gets_bits_of_its_own_everywhere():
+    """Other bits for every layer, matrix, micro-batch and step; the same for the same."""
+    rule = toy_chain.sampling()
+    sweep = jitted(toy_chain.stages(rule), rule, toy_chain.specs())
+    plain = jitted(toy_chain.stages(), RULE, toy_chain.specs())
+    ternary, batch = toy_chain.state(), toy_chain.batches(2)
+    idle = jnp.asarray(False)
+
+    def noise(key, batch=batch):
+        after = sweep(ternary, batch, STEP, key, idle)[0]
+        before = plain(ternary, batch, STEP, key, idle)[0]
+        drift = jax.tree.map(lambda one, two: np.asarray(one - two), after, before)
+        return [drift["first"]["corr"], drift["last"]["corr"], *drift["blocks"]["dense"]["corr"]]
+
+    first, again, other = noise(KEY), noise(KEY), noise(jax.random.key(1))
+    for one, two in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, two)
+    for one in range(len(first)):
+        assert (first[one] != other[one]).mean() > 0.9
+        for two in range(one):
+            assert (first[one] != first[two]).mean() > 0.9
+    for drift in first:
+        own, voted = drift % toy_chain.VOTED, drift // toy_chain.VOTED
+        assert (own != voted % toy_chain.VOTED).mean() > 0.9
+        # Two micro-batches with the same bits would add up to even numbers.
+        assert 0.3 < (voted % 2).mean() < 0.7
+
+
+class Bytes:
+    """The byte model, whole and as stages."""
+
+    def __init__(self, tied):
+        config = ModelConfig(width=16, layers=2, heads=2, kv_heads=1, head_dim=8, hidden=20, context=16, tied=tied)
+        ternary = TernaryConfig(rule=Integral(schedule=Schedule(steps=20, warmup=0)), group_size=8)
+        self.rule, self.model = ternary.rule, ByteLM(config, ternary)
+        self.tokens = np.random.default_rng(0).integers(0, 256, (1, 2, 9)).astype(np.uint8)
+        self.specs = matrix_specs(self.model, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+        self.ternary = jax.jit(self.model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["ternary"]
+        self.sweep = jitted(byte_stages(config, ternary), self.rule, self.specs)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_byte_model_in_stages_is_the_byte_model(tied):
+    built = Bytes(tied)
+
+    def loss(variables, tokens):
+        return cross_entropy(built.model.apply(variables, tokens[:, :-1]), tokens[:, 1:]).mean()
+
+    value, votes = jax.jit(value_and_votes(loss, built.rule, built.specs))(built.ternary, built.tokens[0])
+    expected = update(built.rule, built.specs, built.ternary, votes, STEP)
+    got, swept, _ = built.sweep(built.ternary, built.tokens, STEP, KEY, jnp.asarray(False))
+    np.testing.assert_allclose(swept, value, rtol=1e-5)
+    assert_trees_equal(got, expected)
+
+
+def toy_memory(layers, width):
+    """The toy chain on one row of activations: (what a sweep is compiled from, its state, its batch)."""
+    ternary = jax.eval_shape(lambda: toy_chain.state(layers=layers, width=width))
+    batch = {name: jax.ShapeDtypeStruct((1, 1, width), jnp.float32) for name in ("x", "y")}
+    return (toy_chain.stages(width=width), RULE, toy_chain.specs(width=width)), ternary, batch
+
+
+def byte_memory(layers, width):
+    """The byte model on one sequence of `CONTEXT` bytes."""
+    config = ModelConfig(width=width, layers=layers, heads=4, kv_heads=4, head_dim=64, hidden=672, context=CONTEXT)
+    common = TernaryConfig()
+    model = ByteLM(config, common)
+    tokens = jnp.zeros((1, CONTEXT), jnp.int32)
+    ternary = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["ternary"])
+    batch = jax.ShapeDtypeStruct((1, 1, CONTEXT + 1), jnp.uint8)
+    return (byte_stages(config, common), common.rule, matrix_specs(model, tokens)), ternary, batch
+
+
+CONTEXT = 8
+
+
+@pytest.mark.parametrize(("build", "rows"), [(toy_memory, 1), (byte_memory, CONTEXT)])
+def test_memory_grows_with_depth_by_the_kept_inputs_alone(build, rows):
+    """Weights dominate: hundreds of thousands a layer, a row or eight of activations."""
+    width, shallow, deep = 256, 2, 8
+    temporary = {}
+    for layers in (shallow, deep):
+        arguments, ternary, batch = build(layers, width)
+        scalars = (jax.ShapeDtypeStruct((), jnp.int32), KEY, jax.ShapeDtypeStruct((), jnp.bool))
+        compiled = jitted(*arguments, donate=0).lower(ternary, batch, *scalars).compile()
+        temporary[layers] = compiled.memory_analysis().temp_size_in_bytes
+        # The donated state is updated in place, all of it.
+        state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(ternary))
+        assert compiled.memory_analysis().alias_size_in_bytes >= state
+    kept = (deep - shallow) * rows * width * 4
+    growth = temporary[deep] - temporary[shallow]
+    # Beyond the kept inputs, nothing but alignment: 64 bytes a layer would be generous.
+    assert kept <= growth <= kept + (deep - shallow) * 64
+
+
+def test_shards_equal_micro_batches():
+    """shard_map and pmap over two devices, in a process of its own: the number of devices is fixed at its start."""
+    script = Path(__file__).with_name("two_devices.py")
+    folders = [str(script.parent), str(script.parent.parent), *sys.path]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(folders),
+    }
+    result = subprocess.run(
+        [sys.executable, "-W", "error", str(script)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["shard_map", "pmap", "sampling", "poison"]

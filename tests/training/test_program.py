@@ -1,0 +1,86 @@
+"""From a configuration to functions: evaluation against NumPy, and shapes that agree with what is allocated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assert_trees_equal
+
+from arbs_jax.config import LogConfig, RunConfig, TrainConfig
+from arbs_jax.data import ValidationBatch
+from arbs_jax.errors import StateError
+from arbs_jax.layers import COLLECTION
+from arbs_jax.models import ModelConfig
+from arbs_jax.training.program import Program
+
+MODEL = ModelConfig(width=32, layers=2, heads=2, kv_heads=1, head_dim=16, hidden=48, context=64)
+CONFIG = RunConfig(model=MODEL, train=TrainConfig(context=8, batch=2, steps=10))
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return Program(CONFIG)
+
+
+def shapes(tree: object) -> object:
+    return jax.tree.map(lambda leaf: (leaf.shape, np.dtype(leaf.dtype)), tree)
+
+
+def test_shapes_are_known_before_anything_is_allocated(program: Program):
+    state = program.init_state()
+    assert shapes(program.abstract_state) == shapes(state)
+    assert shapes(program.abstract_variables[COLLECTION]) == shapes(state.ternary)
+    assert set(program.abstract_variables) == {COLLECTION}
+    program.check(state.ternary)
+    assert int(state.step) == int(state.halted) == 0
+
+
+def test_the_seed_alone_decides_the_initial_state(program: Program):
+    trits = [
+        np.asarray(Program(RunConfig(model=MODEL, train=TrainConfig(seed=seed))).init_state().ternary["head"]["trits"])
+        for seed in (0, 1, 2**32 - 1)
+    ]
+    assert_trees_equal(trits[0], np.asarray(program.init_state().ternary["head"]["trits"]))
+    assert len({each.tobytes() for each in trits}) == 3
+
+
+def test_check_names_a_leaf_that_is_wrong(program: Program):
+    ternary = program.init_state().ternary
+    ternary["head"] = ternary["head"] | {"corr": ternary["head"]["corr"].astype(jnp.int32)}
+    with pytest.raises(StateError, match=r"head.*corr"):
+        program.check(ternary)
+
+
+def test_evaluation_is_the_mean_over_the_valid_bytes(program: Program):
+    rng = np.random.default_rng(0)
+    windows = rng.integers(0, 256, (6, 9)).astype(np.uint8)
+    padded = np.concatenate([windows[4:], np.zeros((2, 9), np.uint8)])
+    batches = [
+        ValidationBatch(windows[:4], np.ones(4, bool)),
+        ValidationBatch(padded, np.array([True, True, False, False])),
+    ]
+    ternary = program.init_state().ternary
+    logits = np.asarray(program.model.apply({COLLECTION: ternary}, windows[:, :-1].astype(np.int32)), np.float64)
+    normal = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    chosen = np.take_along_axis(logits, windows[:, 1:, None].astype(np.int64), -1)[..., 0]
+    # float32 logits and a float32 sum of 48 losses.
+    assert program.evaluate(ternary, batches) == pytest.approx(np.mean(normal - chosen), rel=1e-5)
+
+
+def test_the_compiled_step_takes_the_fresh_state_and_donates_it(program: Program):
+    step, state = program.compile_step(), program.init_state()
+    tokens = np.random.default_rng(1).integers(0, 256, (1, 2, 9)).astype(np.uint8)
+    after, metrics = step(state, tokens)
+    assert int(after.step) == 1
+    assert int(metrics["halted"]) == 0
+    assert shapes(after) == shapes(program.abstract_state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.ternary))
+    same, again = program.step(program.init_state(), tokens)
+    assert float(metrics["loss"]) == float(again["loss"])
+    assert_trees_equal(same, after)
+
+
+def test_a_validation_batch_is_never_larger_than_what_is_asked_for():
+    assert CONFIG.validation_batch == 8
+    small = RunConfig(model=MODEL, train=TrainConfig(context=8), log=LogConfig(eval_windows=3))
+    assert small.validation_batch == 3

@@ -1,0 +1,83 @@
+"""Run by test_layerwise with two host devices: the state of two shards is that of two micro-batches, bit for bit."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import toy_chain
+from jax.sharding import PartitionSpec
+from support import assert_trees_equal
+
+from arbs_jax.training.layerwise import Sweep
+from arbs_jax.training.step import fresh_state, make_step
+
+AXIS = "data"
+
+
+def step_of(rule, axis_name=None):
+    return make_step(Sweep(toy_chain.stages(rule), rule, toy_chain.specs(), axis_name=axis_name), seed=3)
+
+
+def sharded(rule):
+    mesh = jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = partial(jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(AXIS)), check_vma=False)
+    return jax.jit(mapped(step_of(rule, AXIS), out_specs=PartitionSpec()))
+
+
+def three_steps(step, batches):
+    state = fresh_state(toy_chain.state())
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        losses.append(np.asarray(metrics["loss"]))
+    return state, losses
+
+
+def assert_replicated(tree):
+    """Every device holds the same bits."""
+    for leaf in jax.tree.leaves(tree):
+        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(copies) == 2
+        np.testing.assert_array_equal(*copies)
+
+
+def main():
+    assert jax.device_count() == 2
+    batches = [toy_chain.batches(2, seed=seed) for seed in range(3)]
+    one_device = {rule: jax.jit(step_of(rule)) for rule in (toy_chain.RULE, toy_chain.sampling())}
+    expected, losses = three_steps(one_device[toy_chain.RULE], batches)
+    assert int(expected.step) == 3
+
+    two_shards = sharded(toy_chain.RULE)
+    got, sharded_losses = three_steps(two_shards, batches)
+    assert_trees_equal(got, expected)
+    assert_replicated(got)
+    np.testing.assert_allclose(sharded_losses, losses, rtol=1e-6)
+    print("shard_map")
+
+    pmapped = jax.pmap(step_of(toy_chain.RULE, AXIS), axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+    halves = [jax.tree.map(lambda leaf: leaf[:, None], batch) for batch in batches]
+    assert_trees_equal(three_steps(pmapped, halves)[0], expected)
+    print("pmap")
+
+    # Random bits depend neither on the number of shards nor on the shard: no two devices drift apart.
+    expected_sampled, _ = three_steps(one_device[toy_chain.sampling()], batches)
+    got, _ = three_steps(sharded(toy_chain.sampling()), batches)
+    assert_replicated(got)
+    assert_trees_equal(got, expected_sampled)
+    print("sampling")
+
+    # A loss that is not finite on one shard halts both.
+    poisoned = batches[0] | {"x": batches[0]["x"].at[1].set(jnp.inf)}
+    got, _ = three_steps(two_shards, [batches[1], poisoned, batches[2]])
+    clean, _ = three_steps(two_shards, [batches[1]])
+    assert int(got.halted) == 1
+    assert int(got.step) == 1
+    assert_trees_equal(got.ternary, clean.ternary)
+    assert_replicated(got)
+    print("poison")
+
+
+if __name__ == "__main__":
+    main()
