@@ -70,6 +70,17 @@ def per_group(scalar: jax.Array) -> jax.Array:
     return scalar[..., None, None]
 
 
+def empty_report() -> Report:
+    """The report of no matrix at all."""
+    names = ("weights", "groups", "flips", "zeros", "drift", "saturated")
+    return {name: jnp.zeros((), jnp.float32) for name in names}
+
+
+def add_reports(*reports: Report) -> Report:
+    """The report of several matrices together."""
+    return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *reports)
+
+
 def base_report(rule: Rule, before: Matrix, after: Matrix, spec: MatrixSpec) -> Report:
     """Sums over one unstacked matrix.
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from arbs_jax.layers import COLLECTION, PROBES
 from arbs_jax.models.stages import Carry, Stage, Subtrees
 from arbs_jax.rules import Rule
-from arbs_jax.rules.base import Report
+from arbs_jax.rules.base import Report, add_reports, empty_report
 from arbs_jax.state import MatrixSpec, flatten_specs, map_matrices
 from arbs_jax.votes import make_probes, matrix_key
 
@@ -78,7 +78,7 @@ class Sweep:
         self, ternary: Subtrees, saved: list[Any], batch: Any, step: jax.Array, key: jax.Array, moves: jax.Array
     ) -> tuple[Subtrees, Report]:
         ternary = dict(ternary)
-        reports: list[Report] = []
+        report = empty_report()
         micro = jax.tree.leaves(batch)[0].shape[0]
         cotangent: Carry = jnp.ones((micro,), jnp.float32)
         pending: dict[str, Any] = {}
@@ -87,9 +87,8 @@ class Sweep:
             if stage.stacked:
                 (name,) = stage.keys
                 cotangent, ternary[name], report = self._stacked_backward(
-                    stage, ternary[name], saved[position], cotangent, batch, step, key, moves
+                    stage, ternary[name], saved[position], cotangent, batch, step, key, moves, report
                 )
-                reports.append(report)
                 continue
             subtrees = {name: ternary[name] for name in stage.keys}
             # A matrix that two stages read votes in each, with random bits of its own.
@@ -100,9 +99,9 @@ class Sweep:
                 if any(name in earlier.keys for earlier in self.stages[:position]):
                     pending[name] = total
                 else:
-                    ternary[name], report = self._moved(name, ternary[name], total, step, key, moves)
-                    reports.append(report)
-        return ternary, jax.tree.map(lambda *parts: sum(parts), *reports)
+                    ternary[name], own = self._moved(name, ternary[name], total, step, key, moves)
+                    report = add_reports(report, own)
+        return ternary, report
 
     def _stacked_backward(
         self,
@@ -114,27 +113,30 @@ class Sweep:
         step: jax.Array,
         key: jax.Array,
         moves: jax.Array,
+        report: Report,
     ) -> tuple[Carry, Any, Report]:
         (name,) = stage.keys
         layers = jax.tree.leaves(stack)[0].shape[0]
 
         # The stack is carried, not scanned over: a loop updates its carry in place, where scanned inputs and outputs
         # would be two copies of the state.
-        def layer(carry: tuple[Carry, Any], entry: tuple[jax.Array, Any]) -> tuple[tuple[Carry, Any], Report]:
-            cotangent, stack = carry
+        def layer(carry: tuple[Carry, Any, Report], entry: tuple[jax.Array, Any]) -> tuple[Any, None]:
+            cotangent, stack, report = carry
             index, kept = entry
             subtree = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
+            # One layer is copied out whole: were its slices read from the stack again after the layer has moved, the
+            # compiler would have to keep a second stack.
+            subtree = jax.lax.optimization_barrier(subtree)
             layer_key = jax.random.fold_in(key, index + 1)
             cotangent, votes = self._micro_backward(stage, {name: subtree}, kept, cotangent, batch, step, layer_key)
-            moved, report = self._moved(name, subtree, votes[name], step, layer_key, moves)
+            moved, own = self._moved(name, subtree, votes[name], step, layer_key, moves)
             stack = jax.tree.map(
                 lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, index, 0), stack, moved
             )
-            return (cotangent, stack), report
+            return (cotangent, stack, add_reports(report, own)), None
 
         indices = jnp.arange(layers, dtype=jnp.int32)
-        (cotangent, stack), reports = jax.lax.scan(layer, (cotangent, stack), (indices, saved), reverse=True)
-        return cotangent, stack, jax.tree.map(jnp.sum, reports)
+        return jax.lax.scan(layer, (cotangent, stack, report), (indices, saved), reverse=True)[0]
 
     def _micro_forward(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any]:
         """The stage over every micro-batch: (carries stacked over A, what backward needs stacked over A)."""
@@ -210,7 +212,7 @@ class Sweep:
             return chosen
 
         moved = map_matrices(one, subtree, votes, prefix=name)
-        return moved, jax.tree.map(lambda *parts: sum(parts), *reports)
+        return moved, add_reports(*reports)
 
 
 def _map_micro(function: Callable[[Any], tuple[Any, Any]], entries: Any, *, summed: bool = False) -> tuple[Any, Any]:
