@@ -1,15 +1,25 @@
 """Random bits for rounding, a pure function of (run and matrix, stream, step, row, column).
 
 An integer hash of the position: the same bits on every backend, however the matrix is sharded and in whatever order
-layers are updated, and cheaper than a cryptographic generator on every weight and step.
+layers are updated, and cheaper than a cryptographic generator on every weight and step. `run_key` makes JAX keys whose
+derivation is the same hash: a step derives a key for every layer, matrix and micro-batch, and each of JAX's own
+derivations is several kernel launches where this is part of one.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import define_prng_impl
 
 _GOLDEN = np.uint32(2654435769)
 """2^32 divided by the golden ratio: the increment of the Weyl sequence with the smallest discrepancy."""
+
+
+def run_key(seed: jax.Array | int) -> jax.Array:
+    """A JAX key of a run's seed (uint32 ()), cheap to fold numbers into; works wherever a JAX key does."""
+    return jax.random.key(seed, impl=_IMPLEMENTATION)
 
 
 def salt_of(key: jax.Array) -> jax.Array:
@@ -52,3 +62,32 @@ def _mix(bits: jax.Array) -> jax.Array:
 
 def _unit(bits: jax.Array) -> jax.Array:
     return (bits >> 8).astype(jnp.float32) * np.float32(2.0**-24)
+
+
+def _fold(key: jax.Array, data: Any) -> jax.Array:
+    return _mix(_mix(key ^ np.uint32(0x85EBCA6B)) + jnp.asarray(data).astype(jnp.uint32) * _GOLDEN)
+
+
+def _random_bits(key: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
+    """Unsigned integers of 8, 16 or 32 bits, or 64 in two halves."""
+    counter = jax.lax.iota(jnp.uint32, int(np.prod(shape))).reshape(shape)
+    bits = _mix(_mix(counter ^ key[0]) + np.uint32(0xC2B2AE35))
+    if width == 64:
+        other = _mix(bits ^ np.uint32(0x27D4EB2F))
+        return (bits.astype(jnp.uint64) << 32) | other.astype(jnp.uint64)
+    return (bits >> np.uint32(32 - width)).astype(f"uint{width}")
+
+
+def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return _fold(key, jax.lax.iota(jnp.uint32, int(np.prod(shape))).reshape(*shape, 1))
+
+
+_IMPLEMENTATION = define_prng_impl(
+    key_shape=(1,),
+    seed=lambda seed: _mix(jnp.asarray(seed).astype(jnp.uint32)).reshape(1),
+    split=_split,
+    random_bits=_random_bits,
+    fold_in=_fold,
+    name="arbs_mix32",
+    tag="mix",
+)

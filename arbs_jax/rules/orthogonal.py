@@ -24,24 +24,26 @@ def newton_schulz(x: jax.Array, dtype: jnp.dtype, iterations: int = 5) -> jax.Ar
     y = x.T if tall else x
     y = (y * jax.lax.rsqrt(jnp.sum(jnp.square(y)) + 1e-30)).astype(dtype)
     a, b, c = _QUINTIC
-
-    # A loop, not unrolled: each of a model's matrices has its own, and unrolled they are most of the compile time.
-    def quintic(_: int, y: jax.Array) -> jax.Array:
+    for _ in range(iterations):
         gram = _product(y, y.T)
-        return a * y + _product(b * gram + c * _product(gram, gram), y)
-
-    y = jax.lax.fori_loop(0, iterations, quintic, y)
+        y = a * y + _product(b * gram + c * _product(gram, gram), y)
     y = y.astype(jnp.float32) * max(x.shape) ** 0.5
     return y.T if tall else y
 
 
 def orthonormal_columns(x: jax.Array) -> jax.Array:
-    """Polar factor of a tall float32 `(N, r)`: orthonormal columns that span those of `x`.
+    """Nearly orthonormal columns that span those of a tall float32 `(N, r)`.
 
-    The quintic brings singular values near one, five cubic iterations make them one.
+    Columns are first brought to one length, so that directions of little weight are not lost; five quintic iterations
+    bring singular values near one, three cubic ones within a thousandth of it. Directions that are nearly dependent
+    come out shorter. Both counts are needed: with two cubics a momentum held by this basis loses an eighth of its
+    signal, and with three or four quintics columns that once became parallel hardly part again.
     """
-    y = newton_schulz(x, jnp.float32) / max(x.shape) ** 0.5
-    return jax.lax.fori_loop(0, 5, lambda _, y: 1.5 * y - 0.5 * _product(y, _product(y.T, y)), y)
+    unit = x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=0) + 1e-30)
+    y = newton_schulz(unit, jnp.float32) / max(x.shape) ** 0.5
+    for _ in range(3):
+        y = 1.5 * y - 0.5 * _product(y, _product(y.T, y))
+    return y
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:

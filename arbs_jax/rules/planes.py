@@ -73,4 +73,5 @@ def init(key: jax.Array, spec: MatrixSpec, planes: int) -> dict[str, jax.Array]:
         v = jnp.searchsorted(jnp.asarray(thresholds), bits.astype(jnp.uint32), side="right", method="scan")
         return encode(v.astype(jnp.int16) - jnp.int16(half), planes)
 
-    return rows_in_blocks(block, spec.out_features, axes={"trits": 0, "residual": 1})
+    axes = {"trits": 0, "residual": 1} if planes > 1 else {"trits": 0}
+    return rows_in_blocks(block, spec.out_features, axes)

@@ -8,6 +8,7 @@ every layer takes the votes of all of them before it moves, so accumulation cost
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -160,7 +161,6 @@ class Sweep:
         key: jax.Array,
     ) -> tuple[Carry, Subtrees]:
         """(cotangents of the carry stacked over A, votes summed over A and over the mapped axis)."""
-        specs = {name: flatten_specs(self.specs[name], name) for name in stage.keys}
 
         def one(entry: tuple[Any, Carry, Any, jax.Array]) -> tuple[Carry, Subtrees]:
             kept, cotangent, batch, index = entry
@@ -168,13 +168,13 @@ class Sweep:
             collected, cotangent = pull(cotangent)
             micro_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
             votes = {
-                name: map_matrices(
-                    lambda path, matrix, found, by_path=specs[name]: self.rule.vote(
-                        found, matrix, by_path[path], matrix_key(micro_key, path)
-                    ),
+                name: _together(
+                    lambda spec, matrix, found, own: self.rule.vote(found, matrix, spec, own),
+                    self._specs(name),
+                    name,
+                    micro_key,
                     subtrees[name],
                     collected[name],
-                    prefix=name,
                 )
                 for name in stage.keys
             }
@@ -202,17 +202,48 @@ class Sweep:
         self, name: str, subtree: Any, votes: Any, step: jax.Array, key: jax.Array, moves: jax.Array
     ) -> tuple[Any, Report]:
         """The subtree after its votes, or as it was where `moves` is false, and the report over its matrices."""
-        reports: list[Report] = []
-        by_path: dict[str, MatrixSpec] = flatten_specs(self.specs[name], name)
 
-        def one(path: str, matrix: Any, cast: Any) -> Any:
-            new = self.rule.update(dict(matrix), cast, by_path[path], step, matrix_key(key, path))
+        def one(spec: MatrixSpec, matrix: Any, cast: Any, own: jax.Array) -> tuple[Any, Report]:
+            new = self.rule.update(dict(matrix), cast, spec, step, own)
             chosen = jax.tree.map(lambda after, before: jnp.where(moves, after, before), new, dict(matrix))
-            reports.append(self.rule.report(dict(matrix), chosen, by_path[path]))
-            return chosen
+            return chosen, self.rule.report(dict(matrix), chosen, spec)
 
-        moved = map_matrices(one, subtree, votes, prefix=name)
+        both = _together(one, self._specs(name), name, key, subtree, votes)
+        reports: list[Report] = []
+
+        def split(path: str, matrix: Any, pair: tuple[Any, Report]) -> Any:
+            reports.append(pair[1])
+            return pair[0]
+
+        moved = map_matrices(split, subtree, both, prefix=name)
         return moved, add_reports(*reports)
+
+    def _specs(self, name: str) -> dict[str, MatrixSpec]:
+        return flatten_specs(self.specs[name], name)
+
+
+def _together(
+    function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix: str, key: jax.Array, *trees: Any
+) -> Any:
+    """`function(spec, *nodes, key)` for every matrix of the trees, nested like the first of them.
+
+    Matrices of one shape go through one vmapped call: fewer, larger operations to compile and to launch.
+    """
+    entries: dict[str, tuple[Any, ...]] = {}
+    map_matrices(lambda path, *nodes: entries.update({path: (*nodes, matrix_key(key, path))}), *trees, prefix=prefix)
+    alike: dict[MatrixSpec, list[str]] = {}
+    for path in entries:
+        alike.setdefault(specs[path], []).append(path)
+    results: dict[str, Any] = {}
+    for spec, paths in alike.items():
+        if len(paths) == 1:
+            results[paths[0]] = function(spec, *entries[paths[0]])
+            continue
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(entries[path] for path in paths))
+        out = jax.vmap(partial(function, spec))(*stacked)
+        for index, path in enumerate(paths):
+            results[path] = jax.tree.map(lambda leaf, at=index: leaf[at], out)
+    return map_matrices(lambda path, *_: results[path], trees[0], prefix=prefix)
 
 
 def _map_micro(function: Callable[[Any], tuple[Any, Any]], entries: Any, *, summed: bool = False) -> tuple[Any, Any]:

@@ -89,10 +89,13 @@ class Program:
     @cached_property
     def step(self) -> Any:
         """The jitted, donated training step on tokens uint8 (accum, batch, context + 1)."""
-        sweep = Sweep(
-            byte_stages(self.config.model, self.ternary), self.ternary.rule, self.specs, remat=self.config.model.remat
-        )
-        return jit_step(make_step(sweep, self.config.train.seed))
+        return jit_step(make_step(self.sweep, self.config.train.seed))
+
+    @cached_property
+    def sweep(self) -> Sweep:
+        """Forward, backward and update, before it becomes a step."""
+        stages = byte_stages(self.config.model, self.ternary)
+        return Sweep(stages, self.ternary.rule, self.specs, remat=self.config.model.remat)
 
     def compile_step(self) -> Any:
         """The step compiled ahead of time for this configuration's exact shapes."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from arbs_jax.rules.base import shares
+from arbs_jax.rules.noise import run_key
 from arbs_jax.training.layerwise import Sweep
 
 
@@ -43,7 +44,7 @@ def make_step(sweep: Sweep, seed: int) -> StepFunction:
     """
 
     def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
-        ternary, loss, moved, report = sweep(state.ternary, tokens, state.step, jax.random.key(seed), state.halted > 0)
+        ternary, loss, moved, report = sweep(state.ternary, tokens, state.step, run_key(seed), state.halted > 0)
         taken = moved.astype(jnp.int32)
         after = TrainState(ternary=ternary, step=state.step + taken, halted=1 - taken)
         return after, {"loss": loss, "halted": after.halted, **shares(report)}

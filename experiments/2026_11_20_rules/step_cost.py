@@ -1,0 +1,100 @@
+"""Seconds and memory of one training step: each rule beside quantisation-aware training with AdamW, same model.
+
+    python experiments/2026_11_20_rules/step_cost.py --preset byte-50m --batch 64 --context 256
+
+Times are medians over steps on fresh random bytes, the arms interleaved; memory is the compiler's own account of the
+step (state and batch, temporaries) with the state updated in place.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from baselines import QAT
+from harness import Setting
+from rich.console import Console
+from rich.table import Table
+
+from arbs_jax.training.program import Program
+
+
+def arms(setting: Setting, rules: list[str]) -> dict[str, tuple[Any, Any]]:
+    """{name: (compiled step, fresh state)}; a step is `(state, tokens) -> (state, anything)`."""
+    tokens = jax.ShapeDtypeStruct((1, setting.batch, setting.context + 1), jnp.uint8)
+    made: dict[str, tuple[Any, Any]] = {}
+    for rule in rules:
+        program = Program(setting.config(rule))
+        made[rule] = (program.step.lower(program.abstract_state, tokens).compile(), program.init_state())
+    program = Program(setting.config("latent10"))
+    state = jax.jit(lambda: QAT.init(program.specs, program.config.model.layers, jnp.uint32(0), jnp.float32(2e-3)))()
+    step = jax.jit(QAT.step(program.model, setting.steps), donate_argnums=0)
+    made["qat"] = (step.lower(state, tokens).compile(), state)
+    return made
+
+
+def main() -> None:
+    """Parses flags, times, prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="byte-50m")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--remat", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rules", nargs="+", default=["latent10", "latent6", "latent4", "latent18", "integral"])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    setting = Setting(args.preset, 1000, args.batch, args.context, dtype=args.dtype, remat=bool(args.remat))
+    made = arms(setting, args.rules)
+    rng = np.random.default_rng(0)
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    states = {name: state for name, (_, state) in made.items()}
+    for index in range(args.steps + 3):
+        tokens = rng.integers(0, 256, (1, setting.batch, setting.context + 1)).astype(np.uint8)
+        for name, (step, _) in made.items():
+            began = time.perf_counter()
+            states[name], _ = jax.block_until_ready(step(states[name], tokens))
+            if index >= 3:
+                seconds[name].append(time.perf_counter() - began)
+    rows = []
+    for name, (step, _) in made.items():
+        memory = step.memory_analysis()
+        state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states[name]))
+        rows.append(
+            {
+                "rule": name,
+                "seconds": float(np.median(seconds[name])),
+                "ratio_to_qat": float(np.median(seconds[name]) / np.median(seconds["qat"])),
+                "state_bytes": state,
+                "temporary_bytes": memory.temp_size_in_bytes,
+                **{key: getattr(args, key) for key in ("preset", "batch", "context", "dtype", "remat")},
+                "device": jax.devices()[0].device_kind,
+            }
+        )
+    table = Table(title=f"{args.preset}, batch {args.batch} x {args.context}, remat {args.remat}", title_justify="left")
+    for name in ("rule", "ms/step", "time against QAT", "state MB", "temporaries MB", "sum MB"):
+        table.add_column(name, justify="left" if name == "rule" else "right")
+    for row in rows:
+        total = row["state_bytes"] + row["temporary_bytes"]
+        table.add_row(
+            row["rule"],
+            f"{row['seconds'] * 1e3:.2f}",
+            f"{row['ratio_to_qat']:.2f}x",
+            f"{row['state_bytes'] / 1e6:.1f}",
+            f"{row['temporary_bytes'] / 1e6:.1f}",
+            f"{total / 1e6:.1f}",
+        )
+    Console(width=110).print(table)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("a") as file:
+            file.writelines(f"{json.dumps(row)}\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
