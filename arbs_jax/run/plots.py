@@ -113,7 +113,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], unigram_entropy: float | None
         axes.margins(x=0.02)
         # Below the axes: no corner is free of curves in every run.
         figure.legend(
-            loc="outside lower center", ncols=4, fontsize=9.5, frameon=False, labelcolor=_INK, columnspacing=1.4
+            loc="outside lower center", ncols=2, fontsize=9.5, frameon=False, labelcolor=_INK, columnspacing=1.4
         )
     return figure
 
