@@ -10,7 +10,8 @@ from arbs_jax.config import RunConfig
 from arbs_jax.errors import StateError
 from arbs_jax.layers import COLLECTION
 from arbs_jax.models import PRESETS, VOCABULARY, ModelConfig
-from arbs_jax.rules import RuleConfig
+from arbs_jax.rules import RuleConfig, default_group_size
+from arbs_jax.rules.registry import LATENT_RULES
 from arbs_jax.training.program import Program
 
 
@@ -62,9 +63,35 @@ def test_every_preset_adds_up(name: str, group_size: int):
     require_integers(account)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_what_is_allocated_is_what_was_counted(tied: bool):
-    config = RunConfig(model=ModelConfig(width=32, heads=2, kv_heads=1, head_dim=16, hidden=33, tied=tied))
+@pytest.mark.parametrize(("rule", "most"), [("latent4", 4.0), ("latent6", 6.5), ("latent10", 10.3), ("latent18", 18.3)])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "byte-0.4m"])
+def test_rules_that_move_the_trits_stay_under_their_bits(name: str, rule: str, most: float):
+    """From a width of 256, with the group size that such rules take when none is asked for."""
+    config = RunConfig(preset=name, model=PRESETS[name], rule=RuleConfig(rule))
+    account = account_of(config)
+    model, settings = PRESETS[name], LATENT_RULES[rule]
+    assert config.group_size == default_group_size(rule) == 256
+    assert account.bits_per_weight <= most
+    require_integers(account)
+    everything = [shape for shapes in matrices(model).values() for shape in shapes]
+    packed = sum(rows * -(-columns // 5) for rows, columns in everything)
+    assert account.bytes_by_leaf["trits"] == packed
+    assert account.bytes_by_leaf["residual"] == (settings.planes - 1) * packed
+    if settings.momentum == "int8":
+        assert account.bytes_by_leaf["momentum"] == account.logical_ternary_weights
+    else:
+        ranks = [max(1, min(shape) // settings.rank_divisor) for shape in everything]
+        sides = zip(("left", "right"), zip(*everything, strict=True), strict=True)
+        for side, sizes in sides:
+            assert account.bytes_by_leaf[side] == sum(size * rank for size, rank in zip(sizes, ranks, strict=True))
+            assert account.bytes_by_leaf[f"{side}_scale"] == 2 * sum(ranks)
+
+
+@pytest.mark.parametrize(("tied", "rule"), [(False, "latent10"), (True, "latent18"), (True, "integral")])
+def test_what_is_allocated_is_what_was_counted(tied: bool, rule: str):
+    config = RunConfig(
+        model=ModelConfig(width=32, heads=2, kv_heads=1, head_dim=16, hidden=33, tied=tied), rule=RuleConfig(rule)
+    )
     state = Program(config).init_state()
     assert account_of(config).state_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 

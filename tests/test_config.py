@@ -18,7 +18,7 @@ FAR_FROM_DEFAULT = RunConfig(
     model=preset("byte-3m", tied=True, dtype="bfloat16", remat=False),
     group_size=16,
     init=InitConfig(exponent_range=(-4, -1)),
-    rule=RuleConfig("bigint", learning_rate=0.5, strength=16.0, warmup=7, final=0.5),
+    rule=RuleConfig("bigint", learning_rate=0.5, strength=16.0, warmup=7),
     data=DataConfig("texts/", 0.25, 1234),
     train=TrainConfig(steps=9, batch=3, context=128, accum=4, seed=2**32 - 1, kernel="xla"),
     log=LogConfig(1, 2, 3, 4, 5),

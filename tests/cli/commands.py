@@ -26,6 +26,7 @@ class Reference:
     run: Path
     rule: str
     accum: int
+    steps: int
 
 
 def weights(preset: str) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commands import Reference, call, flags
+from commands import STEPS, Reference, call, flags
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,15 +23,16 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reference]:
-    """`reference(rule, accum)`: a run that was never interrupted, trained once a session."""
-    made: dict[tuple[str, int], Reference] = {}
+    """`reference(rule, accum, steps)`: a run that was never interrupted, trained once a session."""
+    made: dict[Reference, Reference] = {}
 
-    def get(rule: str, accum: int) -> Reference:
-        if (rule, accum) not in made:
-            run = tmp_path_factory.mktemp("reference") / f"{rule}-{accum}"
-            assert call("train", "--run", run, *flags(rule, accum)) == 0
-            made[rule, accum] = Reference(run, rule, accum)
-        return made[rule, accum]
+    def get(rule: str, accum: int, steps: int = STEPS) -> Reference:
+        run = tmp_path_factory.getbasetemp() / f"reference-{rule}-{accum}-{steps}"
+        wanted = Reference(run, rule, accum, steps)
+        if wanted not in made:
+            assert call("train", "--run", run, *flags(rule, accum, steps)) == 0
+            made[wanted] = wanted
+        return wanted
 
     return get
 

@@ -72,11 +72,11 @@ def test_a_run_folder_is_complete(finished: Path):
 
 
 def test_output_that_is_no_terminal_holds_no_control_characters(tmp_path: Path):
-    done = finish("train", "--run", tmp_path / "run", *flags("integral", 2), "--no-save")
+    done = finish("train", "--run", tmp_path / "run", *flags("integral", 2, steps=100), "--no-save")
     assert done.returncode == 0, done.stderr
     assert not CONTROL.findall(done.stdout)
     assert done.stderr == ""
-    for part in ("unigram entropy", f"step    {STEPS}", "Result", "best validation", "Sample", "float parameters"):
+    for part in ("unigram entropy", "step    100", "Result", "best validation", "Sample", "float parameters"):
         assert part in done.stdout
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert "checkpoints" not in done.stdout
@@ -188,6 +188,18 @@ def test_audit_of_a_preset_and_of_a_run(finished: Path, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out) == account
     assert call("audit", "--preset", "byte-1b") == 0
     assert f"{weights('byte-1b'):,}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rule", "most"), [("latent4", 4.0), ("latent6", 6.5), ("latent10", 10.3), ("latent18", 18.3)])
+def test_audit_of_a_rule_that_moves_the_trits(rule: str, most: float, capsys: pytest.CaptureFixture[str]):
+    assert call("audit", "--preset", "byte-3m", "--rule", rule, "--json") == 0
+    account = json.loads(capsys.readouterr().out)
+    assert account["logical_ternary_weights"] == weights("byte-3m")
+    assert account["bits_per_weight"] == 8 * account["state_bytes"] / weights("byte-3m") <= most
+    assert account["float_params"] == account["float_buffers"] == 0
+    assert {"residual", "trits"} < set(account["bytes_by_leaf"])
+    assert call("audit", "--preset", "byte-3m", "--rule", rule) == 0
+    assert f"rule {rule}" in capsys.readouterr().out
 
 
 def _compiled(out: str) -> dict[str, bool]:

@@ -18,11 +18,11 @@ from arbs_jax.run.limbs import to_device, to_host
 CANARY = 2**40
 
 
-def assert_same_run(run: Path, expected: Path) -> None:
+def assert_same_run(run: Path, expected: Path, steps: int = STEPS) -> None:
     """Every leaf, the losses on record and the position in the data, all bit for bit."""
     (tree, metadata), (wanted_tree, wanted_metadata) = restore(run, "final"), restore(expected, "final")
     assert_trees_equal(tree, wanted_tree)
-    assert int(tree["step"]) == STEPS
+    assert int(tree["step"]) == steps
     assert metadata == wanted_metadata
     assert (run / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
     assert tags(run) == tags(expected)
@@ -61,25 +61,33 @@ def test_a_killed_process_goes_on_bit_for_bit_from_its_last_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("rule", "accum"),
+    ("rule", "accum", "steps"),
     [
-        ("integral", 2),
-        ("bigint", 2),
-        pytest.param("integral", 1, marks=pytest.mark.slow),
-        pytest.param("bigint", 1, marks=pytest.mark.slow),
+        ("integral", 2, STEPS),
+        ("bigint", 2, STEPS),
+        ("latent10", 2, SAVE_INTERVAL + 20),
+        pytest.param("integral", 1, STEPS, marks=pytest.mark.slow),
+        pytest.param("bigint", 1, STEPS, marks=pytest.mark.slow),
+        pytest.param("latent4", 1, STEPS, marks=pytest.mark.slow),
+        pytest.param("latent18", 1, STEPS, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_in_three_parts_is_the_run_in_one(
-    reference: Callable[..., Reference], tmp_path: Path, rule: str, accum: int, capsys: pytest.CaptureFixture[str]
+    reference: Callable[..., Reference],
+    tmp_path: Path,
+    rule: str,
+    accum: int,
+    steps: int,
+    capsys: pytest.CaptureFixture[str],
 ):
     run = tmp_path / "run"
-    assert call("train", "--run", run, *flags(rule, accum), "--stop-at", 33) == 0
-    assert f"stopped by --stop-at after step 33 of {STEPS}; go on with" in capsys.readouterr().out
+    assert call("train", "--run", run, *flags(rule, accum, steps), "--stop-at", 33) == 0
+    assert f"stopped by --stop-at after step 33 of {steps}; go on with" in capsys.readouterr().out
     assert tags(run)["latest"] == 33
     assert "final" not in tags(run)
     assert call("train", "--run", run, "--resume", "--stop-at", SAVE_INTERVAL) == 0
     assert call("train", "--run", run, "--resume") == 0
-    assert_same_run(run, reference(rule, accum).run)
+    assert_same_run(run, reference(rule, accum, steps).run, steps)
 
 
 def test_going_on_from_an_earlier_checkpoint(reference: Callable[..., Reference], tmp_path: Path):

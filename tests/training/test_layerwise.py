@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from toy_chain import RULE
 from arbs_jax import Integral, TernaryConfig, matrix_specs, update, value_and_votes
 from arbs_jax.models import ByteLM, ModelConfig, cross_entropy
 from arbs_jax.models.byte_stages import byte_stages
-from arbs_jax.rules import Schedule
+from arbs_jax.rules import RuleConfig, Schedule, default_group_size, make_rule
 from arbs_jax.training.layerwise import Sweep
 
 STEP = jnp.int32(3)
@@ -94,7 +95,7 @@ def test_equals_votes_and_update_of_the_whole_model(chain, three):
     found = [chain.votes(chain.ternary, micro(three, index)) for index in range(3)]
     total = jax.tree.map(lambda *leaves: sum(leaves), *(votes for _, votes in found))
     expected = update(RULE, chain.specs, chain.ternary, total, STEP)
-    got, loss, moved = chain.sweep(three)
+    got, loss, moved, _ = chain.sweep(three)
     assert bool(moved)
     assert loss.dtype == jnp.float32
     # Sums of 24 and 96 terms, a few layers deep.
@@ -145,7 +146,7 @@ def test_a_canary_loses_no_unit(untied, three):
 @pytest.mark.parametrize("blocked", [True, False])
 def test_blocked_or_not_finite_leaves_every_bit(untied, three, blocked):
     poisoned = three if blocked else three | {"y": three["y"].at[1, 0, 0].set(jnp.nan)}
-    got, loss, moved = untied.sweep(poisoned, blocked=blocked)
+    got, loss, moved, _ = untied.sweep(poisoned, blocked=blocked)
     assert not bool(moved)
     assert bool(jnp.isnan(loss)) != blocked
     assert_trees_equal(got, untied.ternary)
@@ -201,39 +202,49 @@ def test_the_byte_model_in_stages_is_the_byte_model(tied):
 
     value, votes = jax.jit(value_and_votes(loss, built.rule, built.specs))(built.ternary, built.tokens[0])
     expected = update(built.rule, built.specs, built.ternary, votes, STEP)
-    got, swept, _ = built.sweep(built.ternary, built.tokens, STEP, KEY, jnp.asarray(False))
+    got, swept, *_ = built.sweep(built.ternary, built.tokens, STEP, KEY, jnp.asarray(False))
     np.testing.assert_allclose(swept, value, rtol=1e-5)
     assert_trees_equal(got, expected)
 
 
-def toy_memory(layers, width):
+def toy_memory(layers, width, rows):
     """The toy chain on one row of activations: (what a sweep is compiled from, its state, its batch)."""
+    assert rows == 1
     ternary = jax.eval_shape(lambda: toy_chain.state(layers=layers, width=width))
     batch = {name: jax.ShapeDtypeStruct((1, 1, width), jnp.float32) for name in ("x", "y")}
     return (toy_chain.stages(width=width), RULE, toy_chain.specs(width=width)), ternary, batch
 
 
-def byte_memory(layers, width):
-    """The byte model on one sequence of `CONTEXT` bytes."""
-    config = ModelConfig(width=width, layers=layers, heads=4, kv_heads=4, head_dim=64, hidden=672, context=CONTEXT)
-    common = TernaryConfig()
+def byte_memory(layers, width, rows, rule="integral"):
+    """The byte model on one sequence of `rows` bytes."""
+    config = ModelConfig(width=width, layers=layers, heads=4, kv_heads=4, head_dim=64, hidden=672, context=rows)
+    common = TernaryConfig(
+        rule=make_rule(RuleConfig(rule), steps=100, votes_per_step=1), group_size=default_group_size(rule)
+    )
     model = ByteLM(config, common)
-    tokens = jnp.zeros((1, CONTEXT), jnp.int32)
+    tokens = jnp.zeros((1, rows), jnp.int32)
     ternary = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["ternary"])
-    batch = jax.ShapeDtypeStruct((1, 1, CONTEXT + 1), jnp.uint8)
+    batch = jax.ShapeDtypeStruct((1, 1, rows + 1), jnp.uint8)
     return (byte_stages(config, common), common.rule, matrix_specs(model, tokens)), ternary, batch
 
 
-CONTEXT = 8
-
-
-@pytest.mark.parametrize(("build", "rows"), [(toy_memory, 1), (byte_memory, CONTEXT)])
+@pytest.mark.parametrize(
+    ("build", "rows"),
+    [
+        pytest.param(toy_memory, 1, id="toy"),
+        pytest.param(byte_memory, 8, id="integral"),
+        pytest.param(partial(byte_memory, rule="latent10"), 32, id="latent10"),
+        pytest.param(partial(byte_memory, rule="latent4"), 32, id="latent4", marks=pytest.mark.slow),
+        pytest.param(partial(byte_memory, rule="latent18"), 32, id="latent18", marks=pytest.mark.slow),
+    ],
+)
 def test_memory_grows_with_depth_by_the_kept_inputs_alone(build, rows):
-    """Weights dominate: hundreds of thousands a layer, a row or eight of activations."""
+    """Weights dominate: hundreds of thousands a layer, a few rows of activations; and the gradient, latents and
+    momentum that a rule makes of one layer are gone before those of the next."""
     width, shallow, deep = 256, 2, 8
     temporary = {}
     for layers in (shallow, deep):
-        arguments, ternary, batch = build(layers, width)
+        arguments, ternary, batch = build(layers, width, rows)
         scalars = (jax.ShapeDtypeStruct((), jnp.int32), KEY, jax.ShapeDtypeStruct((), jnp.bool))
         compiled = jitted(*arguments, donate=0).lower(ternary, batch, *scalars).compile()
         temporary[layers] = compiled.memory_analysis().temp_size_in_bytes
@@ -259,4 +270,4 @@ def test_shards_equal_micro_batches():
         [sys.executable, "-W", "error", str(script)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["shard_map", "pmap", "sampling", "poison"]
+    assert result.stdout.split() == ["shard_map", "pmap", "sampling", "latent", "poison"]

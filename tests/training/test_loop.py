@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from arbs_jax.config import LogConfig, RunConfig, TrainConfig
-from arbs_jax.training.loop import Progress, Trainer, TrainingHalted
+from arbs_jax.training.loop import WATCHED, Progress, Trainer, TrainingHalted
 from arbs_jax.training.step import TrainState
 
 
@@ -57,6 +57,11 @@ class Recorder:
         pass
 
 
+def watched(step: int) -> dict[str, float]:
+    """What the step function below says of step `step`, exact in float32."""
+    return {name: (step + place) / 64 for place, name in enumerate(WATCHED)}
+
+
 def trainer(record: Recorder, losses: dict[int, float] | None = None, validation: Any = None) -> Trainer:
     """A run of 20 steps: rows every 5, validations every 8, checkpoints every 10; the loss of step s is s."""
     config = RunConfig(train=TrainConfig(steps=20), log=LogConfig(5, 8, 10))
@@ -67,7 +72,8 @@ def trainer(record: Recorder, losses: dict[int, float] | None = None, validation
         loss = (losses or {}).get(number, float(number))
         bad = bool(state.halted) or not math.isfinite(loss)
         after = TrainState(state.ternary, jnp.int32(number - bad), jnp.int32(bad))
-        return after, {"loss": jnp.float32(loss), "halted": after.halted}
+        health = {name: jnp.float32(value) for name, value in watched(number).items()}
+        return after, {"loss": jnp.float32(loss), "halted": after.halted, **health}
 
     program: Any = SimpleNamespace(config=config, evaluate=lambda _, batches: validation(record.position))
     state = TrainState({}, jnp.int32(0), jnp.int32(0))
@@ -78,13 +84,14 @@ def trainer(record: Recorder, losses: dict[int, float] | None = None, validation
 def test_rows_validations_and_checkpoints_come_when_they_are_due():
     record = Recorder()
     assert trainer(record).run(20) is None
+    # The loss is the mean since the row before; what is watched is of the last step.
     assert record.rows == [
-        (5, {"train_loss": 3.0}),
-        (8, {"train_loss": 7.0, "val_loss": 92}),
-        (10, {"train_loss": 9.5}),
-        (15, {"train_loss": 13.0}),
-        (16, {"train_loss": 16.0, "val_loss": 84}),
-        (20, {"train_loss": 18.5, "val_loss": 80}),
+        (5, {"train_loss": 3.0, **watched(5)}),
+        (8, {"train_loss": 7.0, **watched(8), "val_loss": 92}),
+        (10, {"train_loss": 9.5, **watched(10)}),
+        (15, {"train_loss": 13.0, **watched(15)}),
+        (16, {"train_loss": 16.0, **watched(16), "val_loss": 84}),
+        (20, {"train_loss": 18.5, **watched(20), "val_loss": 80}),
     ]
     assert record.saves == [
         (8, {"latest", "best"}),

@@ -11,10 +11,13 @@ from arbs_jax.data import ValidationBatch
 from arbs_jax.errors import StateError
 from arbs_jax.layers import COLLECTION
 from arbs_jax.models import ModelConfig
+from arbs_jax.rules import RuleConfig
 from arbs_jax.training.program import Program
 
 MODEL = ModelConfig(width=32, layers=2, heads=2, kv_heads=1, head_dim=16, hidden=48, context=64)
-CONFIG = RunConfig(model=MODEL, train=TrainConfig(context=8, batch=2, steps=10))
+RULE = RuleConfig("integral")
+"""Compiles in a moment; runs with the default rule are the command line's tests."""
+CONFIG = RunConfig(model=MODEL, rule=RULE, train=TrainConfig(context=8, batch=2, steps=10))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,11 @@ def test_shapes_are_known_before_anything_is_allocated(program: Program):
 
 def test_the_seed_alone_decides_the_initial_state(program: Program):
     trits = [
-        np.asarray(Program(RunConfig(model=MODEL, train=TrainConfig(seed=seed))).init_state().ternary["head"]["trits"])
+        np.asarray(
+            Program(RunConfig(model=MODEL, rule=RULE, train=TrainConfig(seed=seed)))
+            .init_state()
+            .ternary["head"]["trits"]
+        )
         for seed in (0, 1, 2**32 - 1)
     ]
     assert_trees_equal(trits[0], np.asarray(program.init_state().ternary["head"]["trits"]))

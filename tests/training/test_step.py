@@ -8,6 +8,7 @@ import toy_chain
 from support import assert_trees_equal, is_float
 
 from arbs_jax.training.layerwise import Sweep
+from arbs_jax.training.loop import WATCHED
 from arbs_jax.training.step import TrainState, fresh_state, jit_step, make_step
 
 SWEEP = Sweep(toy_chain.stages(), toy_chain.RULE, toy_chain.specs())
@@ -38,6 +39,7 @@ def test_a_step_keeps_structure_dtypes_and_shapes(step):
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in metrics.items()} == {
         "loss": ((), jnp.float32),
         "halted": ((), jnp.int32),
+        **dict.fromkeys(WATCHED, ((), jnp.float32)),
     }
     assert (int(after.step), int(after.halted)) == (1, 0)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from arbs_jax import Integral, TernaryConfig, TernaryDense, TernaryRMSNorm
 from arbs_jax.models.stages import Stage
-from arbs_jax.rules import Schedule
+from arbs_jax.rules import Latent, RuleConfig, Schedule, make_rule
 from arbs_jax.state import MatrixSpec, init_matrix
 
 WIDTH, LAYERS, GROUP = 24, 3, 8
@@ -72,13 +72,16 @@ def stages(rule: Any = RULE, tied: bool = False, width: int = WIDTH) -> tuple[St
     )
 
 
-def state(tied: bool = False, layers: int = LAYERS, width: int = WIDTH) -> dict[str, Any]:
-    """Fresh state, with one octave moved from every exponent into the accumulator, where it is the canary."""
+def state(tied: bool = False, layers: int = LAYERS, width: int = WIDTH, rule: Any = RULE) -> dict[str, Any]:
+    """Fresh state; for RULE and its like with one octave moved from every exponent into the accumulator, where it is
+    the canary."""
     spec = MatrixSpec(width, width, GROUP)
 
     @jax.jit
     def make(key):
         fresh = init_matrix(key, spec)
+        if not isinstance(rule, Integral):
+            return rule.init(jax.random.fold_in(key, 1), fresh, spec)
         canary = jnp.full(fresh["corr"].shape, CANARY, jnp.int64)
         return fresh | {"exponent": fresh["exponent"] - jnp.int8(1), "corr": canary}
 
@@ -92,6 +95,11 @@ def batches(micro: int, rows: int = 4, seed: int = 0, width: int = WIDTH) -> dic
     """Random micro-batches."""
     rng = np.random.default_rng(seed)
     return {name: jnp.asarray(rng.standard_normal((micro, rows, width)), jnp.float32) for name in ("x", "y")}
+
+
+def latent() -> Latent:
+    """The default rule, whose votes and updates round at random and whose update computes with floats."""
+    return make_rule(RuleConfig("latent10", warmup=2), steps=20, votes_per_step=2)
 
 
 def sampling() -> Sampling:

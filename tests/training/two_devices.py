@@ -25,8 +25,8 @@ def sharded(rule):
     return jax.jit(mapped(step_of(rule, AXIS), out_specs=PartitionSpec()))
 
 
-def three_steps(step, batches):
-    state = fresh_state(toy_chain.state())
+def run_steps(step, batches, rule=toy_chain.RULE):
+    state = fresh_state(toy_chain.state(rule=rule))
     losses = []
     for batch in batches:
         state, metrics = step(state, batch)
@@ -46,11 +46,11 @@ def main():
     assert jax.device_count() == 2
     batches = [toy_chain.batches(2, seed=seed) for seed in range(3)]
     one_device = {rule: jax.jit(step_of(rule)) for rule in (toy_chain.RULE, toy_chain.sampling())}
-    expected, losses = three_steps(one_device[toy_chain.RULE], batches)
+    expected, losses = run_steps(one_device[toy_chain.RULE], batches)
     assert int(expected.step) == 3
 
     two_shards = sharded(toy_chain.RULE)
-    got, sharded_losses = three_steps(two_shards, batches)
+    got, sharded_losses = run_steps(two_shards, batches)
     assert_trees_equal(got, expected)
     assert_replicated(got)
     np.testing.assert_allclose(sharded_losses, losses, rtol=1e-6)
@@ -58,20 +58,29 @@ def main():
 
     pmapped = jax.pmap(step_of(toy_chain.RULE, AXIS), axis_name=AXIS, in_axes=(None, 0), out_axes=None)
     halves = [jax.tree.map(lambda leaf: leaf[:, None], batch) for batch in batches]
-    assert_trees_equal(three_steps(pmapped, halves)[0], expected)
+    assert_trees_equal(run_steps(pmapped, halves)[0], expected)
     print("pmap")
 
     # Random bits depend neither on the number of shards nor on the shard: no two devices drift apart.
-    expected_sampled, _ = three_steps(one_device[toy_chain.sampling()], batches)
-    got, _ = three_steps(sharded(toy_chain.sampling()), batches)
+    expected_sampled, _ = run_steps(one_device[toy_chain.sampling()], batches)
+    got, _ = run_steps(sharded(toy_chain.sampling()), batches)
     assert_replicated(got)
     assert_trees_equal(got, expected_sampled)
     print("sampling")
 
+    # A rule that computes with floats between votes and state: equal votes make equal states, in any program.
+    rule = toy_chain.latent()
+    more = [toy_chain.batches(2, seed=seed) for seed in range(8)]
+    expected_latent, _ = run_steps(jax.jit(step_of(rule)), more, rule)
+    got, _ = run_steps(sharded(rule), more, rule)
+    assert_replicated(got)
+    assert_trees_equal(got, expected_latent)
+    print("latent")
+
     # A loss that is not finite on one shard halts both.
     poisoned = batches[0] | {"x": batches[0]["x"].at[1].set(jnp.inf)}
-    got, _ = three_steps(two_shards, [batches[1], poisoned, batches[2]])
-    clean, _ = three_steps(two_shards, [batches[1]])
+    got, _ = run_steps(two_shards, [batches[1], poisoned, batches[2]])
+    clean, _ = run_steps(two_shards, [batches[1]])
     assert int(got.halted) == 1
     assert int(got.step) == 1
     assert_trees_equal(got.ternary, clean.ternary)

@@ -1,0 +1,95 @@
+"""Newton-Schulz against the singular value decomposition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arbs_jax.rules.orthogonal import newton_schulz, orthonormal_columns
+
+NEAR_ONE = 2.2e-3
+"""The quintic leaves singular values in [0.68, 1.21]; three times 1.5 s - 0.5 s^3 makes that [0.9989, 1]; and twice the
+distance from one for squares."""
+
+iterate = jax.jit(newton_schulz, static_argnums=(1, 2))
+orthonormalised = jax.jit(orthonormal_columns)
+
+
+def of_condition(rng: np.random.Generator, shape: tuple[int, int], condition: float):
+    """`U diag(s) V^T` with s spread geometrically from 1 down to 1/condition: (matrix, U, V)."""
+    rank = min(shape)
+    left, right = (np.linalg.qr(rng.standard_normal((size, rank)))[0] for size in shape)
+    values = np.geomspace(1, 1 / condition, rank)
+    return (left * values) @ right.T, left, right
+
+
+@pytest.mark.parametrize("condition", [1, 10, 100])
+@pytest.mark.parametrize("shape", [(48, 48), (24, 80), (80, 24), (1, 16), (16, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_singular_values_come_near_one(shape, condition, dtype):
+    x, left, right = of_condition(np.random.default_rng(0), shape, condition)
+    # The scale of the input does not matter.
+    for scale in (1e-6, 1.0, 1e4):
+        y = np.asarray(iterate(jnp.asarray(scale * x, jnp.float32), jnp.dtype(dtype)), np.float64)
+        scaled = y / max(shape) ** 0.5
+        values = np.linalg.svd(scaled, compute_uv=False)
+        assert 0.5 < values.min() <= values.max() < 1.4
+        # N K entries whose squares add up to max(N, K) times the squared singular values.
+        assert np.sqrt(np.mean(y**2)) == pytest.approx(np.sqrt(np.mean(values**2)), rel=1e-4)
+        if condition > 1 and min(shape) > 1:
+            # Equal singular values all land on one point of the band; others spread over it.
+            assert np.sqrt(np.mean(y**2)) == pytest.approx(1.0, abs=0.15)
+        # A function of the singular values alone: the singular vectors stay.
+        inner = left.T @ scaled @ right
+        off = inner - np.diag(np.diag(inner))
+        assert np.abs(off).max() < (1e-3 if dtype == "float32" else 0.1)
+
+
+def test_the_transpose_is_treated_alike():
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((20, 50)), jnp.float32)
+    np.testing.assert_allclose(iterate(x.T, jnp.dtype("float32")).T, iterate(x, jnp.dtype("float32")), atol=1e-5)
+
+
+def test_nothing_stays_nothing():
+    zero = jnp.zeros((8, 12), jnp.float32)
+    assert not np.asarray(iterate(zero, jnp.dtype("float32"))).any()
+    assert not np.asarray(orthonormalised(zero.T)).any()
+
+
+def outside(x: np.ndarray, q: np.ndarray, rank: int) -> float:
+    """Sine of the largest angle between the space of the columns of x and that of the leading ones of q."""
+    inner, outer = (np.linalg.svd(each)[0][:, :rank] for each in (x, q))
+    return float(np.linalg.norm(inner - outer @ (outer.T @ inner), 2))
+
+
+@pytest.mark.parametrize("condition", [1, 10, 100])
+@pytest.mark.parametrize("shape", [(96, 6), (40, 1), (33, 16)])
+def test_columns_become_orthonormal_and_span_the_same(shape, condition):
+    x, _, _ = of_condition(np.random.default_rng(2), shape, condition)
+    # Columns of very different length are equals: here the longest has a million times the shortest.
+    lengths = np.geomspace(1e-3, 1e3, shape[1])
+    for scaled in (x, x * lengths):
+        q = np.asarray(orthonormalised(jnp.asarray(scaled, jnp.float32)), np.float64)
+        np.testing.assert_allclose(q.T @ q, np.eye(shape[1]), atol=NEAR_ONE)
+        assert outside(x, q, shape[1]) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(96, 6), (33, 16)])
+def test_nearly_dependent_columns_are_damped_and_never_amplified(shape):
+    x, _, _ = of_condition(np.random.default_rng(2), shape, 1e5)
+    q = np.asarray(orthonormalised(jnp.asarray(x, jnp.float32)), np.float64)
+    values = np.linalg.svd(q, compute_uv=False)
+    assert 0 < values.min() < 0.9 < values.max() < 1 + 1e-5
+    assert np.median(values) > 1 - NEAR_ONE
+
+
+def test_fewer_directions_than_columns_do_no_harm():
+    """A momentum of lower rank than its factors has room for: finite, and orthonormal in the directions there are."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((64, 2)) @ rng.standard_normal((2, 5))
+    q = np.asarray(orthonormalised(jnp.asarray(x, jnp.float32)), np.float64)
+    assert np.isfinite(q).all()
+    values = np.linalg.svd(q, compute_uv=False)
+    np.testing.assert_allclose(values[:2], 1, atol=NEAR_ONE)
+    assert outside(x, q, 2) < 1e-3
+    assert values.max() < 1.1
