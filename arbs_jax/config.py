@@ -44,11 +44,13 @@ class TrainConfig:
     """Seeds initial state, data order and sampled votes."""
     kernel: str = "auto"
     """Implementation of the packed operators, or "auto" for the best that works."""
+    layers_at_once: int = 1
+    """Layers whose state moves together: fewer, larger operations, for that many layers' temporaries."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "context", "accum"):
+        for name in ("steps", "batch", "context", "accum", "layers_at_once"):
             if getattr(self, name) < 1:
-                flag = "ctx" if name == "context" else name
+                flag = "ctx" if name == "context" else name.replace("_", "-")
                 raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, name)}")
         # JAX keeps 32 bits of a seed: a longer one would repeat the state of a shorter one without a word.
         if not 0 <= self.seed < 2**32:
@@ -107,6 +109,10 @@ class RunConfig:
                 f"--ctx {self.train.context} is longer than the model's context of {self.model.context} bytes; "
                 "lower it or choose another --preset"
             )
+        if self.model.layers % self.train.layers_at_once:
+            raise ConfigError(
+                f"--layers-at-once must divide the model's {self.model.layers} layers, got {self.train.layers_at_once}"
+            )
         if self.group_size not in GROUP_SIZES:
             raise ConfigError(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size}")
 
@@ -145,7 +151,9 @@ class RunConfig:
             raise ConfigError(f"the saved configuration does not fit this version: {error}") from error
 
 
-MAY_CHANGE = frozenset({"train.steps", "train.kernel", "rule.learning_rate", "data.source", "log", "facts"})
+MAY_CHANGE = frozenset(
+    {"train.steps", "train.kernel", "train.layers_at_once", "rule.learning_rate", "data.source", "log", "facts"}
+)
 """Keys of `config.json` that may differ when a run is resumed: the rest decides the state bit for bit.
 
 More steps or another rate are asked for with open eyes; a text may have moved, and its fingerprint is compared.

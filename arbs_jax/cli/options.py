@@ -127,6 +127,11 @@ class ModelFlags:
     kernel: Annotated[
         str | None, choice("--kernel", KERNELS), about("Implementation of the packed operators.", TrainConfig.kernel)
     ] = None
+    layers_at_once: Annotated[
+        int | None,
+        whole("--layers-at-once"),
+        about("Layers that move together: faster on GPUs, more memory.", str(TrainConfig.layers_at_once)),
+    ] = None
     data: Annotated[
         str | None,
         tyro.conf.arg(
@@ -158,6 +163,7 @@ class ModelFlags:
             steps=self.steps,
             seed=self.seed,
             kernel=self.kernel,
+            layers_at_once=self.layers_at_once,
         )
         return replace(
             base,

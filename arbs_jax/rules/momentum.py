@@ -96,12 +96,11 @@ class LowRankMomentum:
         """See `Momentum`."""
         left = _decode(leaves["left"], leaves["left_scale"])
         right = _decode(leaves["right"], leaves["right_scale"])
-        product = lambda a, b: jnp.matmul(a, b, precision="highest")  # noqa: E731
-        fresh = beta * product(left, right.T) + (1 - beta) * u
+        fresh = beta * (left @ right.T) + (1 - beta) * u
         # Only the directions of `right` matter here; unit columns keep the product well scaled.
         directions = right * jax.lax.rsqrt(jnp.sum(jnp.square(right), axis=0) + 1e-30)
-        basis = orthonormal_columns(product(fresh, directions))
-        image = product(fresh.T, basis)
+        basis = orthonormal_columns(fresh @ directions)
+        image = fresh.T @ basis
         left_code, left_scale = _encode(basis, white(salt, 2, step, basis.shape))
         right_code, right_scale = _encode(image, white(salt, 3, step, image.shape))
         return fresh, {

@@ -32,6 +32,9 @@ class Sweep:
     """Specs nested like the state."""
     remat: bool = True
     """Keep only each layer's input between forward and backward, and run the layer again there."""
+    layers_at_once: int = 1
+    """Layers of a stack that move together, once the votes of all of them are known: fewer, larger operations, for
+    that many layers' temporaries."""
     axis_name: str | None = None
     """Mapped axis over which votes are summed and the loss averaged, under `shard_map` or `pmap`."""
 
@@ -100,7 +103,7 @@ class Sweep:
                 if any(name in earlier.keys for earlier in self.stages[:position]):
                     pending[name] = total
                 else:
-                    ternary[name], own = self._moved(name, ternary[name], total, step, key, moves)
+                    (ternary[name],), own = self._moved(name, [ternary[name]], [total], step, [key], moves)
                     report = add_reports(report, own)
         return ternary, report
 
@@ -117,27 +120,41 @@ class Sweep:
         report: Report,
     ) -> tuple[Carry, Any, Report]:
         (name,) = stage.keys
-        layers = jax.tree.leaves(stack)[0].shape[0]
+        together = self.layers_at_once
+        groups = jax.tree.leaves(stack)[0].shape[0] // together
 
         # The stack is carried, not scanned over: a loop updates its carry in place, where scanned inputs and outputs
         # would be two copies of the state.
-        def layer(carry: tuple[Carry, Any, Report], entry: tuple[jax.Array, Any]) -> tuple[Any, None]:
+        def group(carry: tuple[Carry, Any, Report], entry: tuple[jax.Array, Any]) -> tuple[Any, None]:
             cotangent, stack, report = carry
             index, kept = entry
-            subtree = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
-            # One layer is copied out whole: were its slices read from the stack again after the layer has moved, the
+            first = index * together
+            part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, together), stack)
+            # The layers are copied out whole: were their slices read from the stack again after they have moved, the
             # compiler would have to keep a second stack.
-            subtree = jax.lax.optimization_barrier(subtree)
-            layer_key = jax.random.fold_in(key, index + 1)
-            cotangent, votes = self._micro_backward(stage, {name: subtree}, kept, cotangent, batch, step, layer_key)
-            moved, own = self._moved(name, subtree, votes[name], step, layer_key, moves)
+            part = jax.lax.optimization_barrier(part)
+            subtrees, votes, keys = [], [], []
+            for offset in reversed(range(together)):
+                subtree, saved_here = (jax.tree.map(lambda leaf, at=offset: leaf[at], tree) for tree in (part, kept))
+                layer_key = jax.random.fold_in(key, first + offset + 1)
+                # A layer is not run again before the layer above is through with backward: one layer's activations.
+                cotangent, saved_here = jax.lax.optimization_barrier((cotangent, saved_here))
+                cotangent, found = self._micro_backward(
+                    stage, {name: subtree}, saved_here, cotangent, batch, step, layer_key
+                )
+                subtrees.insert(0, subtree)
+                votes.insert(0, found[name])
+                keys.insert(0, layer_key)
+            moved, own = self._moved(name, subtrees, votes, step, keys, moves)
+            moved = jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved)
             stack = jax.tree.map(
-                lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, index, 0), stack, moved
+                lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, first, 0), stack, moved
             )
             return (cotangent, stack, add_reports(report, own)), None
 
-        indices = jnp.arange(layers, dtype=jnp.int32)
-        return jax.lax.scan(layer, (cotangent, stack, report), (indices, saved), reverse=True)[0]
+        saved = jax.tree.map(lambda leaf: leaf.reshape(groups, together, *leaf.shape[1:]), saved)
+        indices = jnp.arange(groups, dtype=jnp.int32)
+        return jax.lax.scan(group, (cotangent, stack, report), (indices, saved), reverse=True)[0]
 
     def _micro_forward(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any]:
         """The stage over every micro-batch: (carries stacked over A, what backward needs stacked over A)."""
@@ -165,17 +182,18 @@ class Sweep:
         def one(entry: tuple[Any, Carry, Any, jax.Array]) -> tuple[Carry, Subtrees]:
             kept, cotangent, batch, index = entry
             pull = self._vjp(stage, subtrees, kept, batch)[1] if self.remat else kept
-            collected, cotangent = pull(cotangent)
+            pull = pull.replace(args_res=[subtrees, *pull.args_res[1:]])
+            _, collected, cotangent = pull(cotangent)
             micro_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
             votes = {
                 name: _together(
                     lambda spec, matrix, found, own: self.rule.vote(found, matrix, spec, own),
                     self._specs(name),
                     name,
-                    micro_key,
-                    subtrees[name],
-                    collected[name],
-                )
+                    [micro_key],
+                    [subtrees[name]],
+                    [collected[name]],
+                )[0]
                 for name in stage.keys
             }
             return cotangent, votes
@@ -191,31 +209,34 @@ class Sweep:
         return cotangent, votes
 
     def _vjp(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any]:
+        """(the stage's carry, its pullback without the state): backward finds the state where it is, so that no copy of
+        it waits beside the activations."""
         probes = {name: make_probes(subtrees[name], self.specs[name], self.rule) for name in stage.keys}
 
-        def run(probes: Any, carry: Carry) -> Carry:
+        def run(subtrees: Subtrees, probes: Any, carry: Carry) -> Carry:
             return stage.apply({COLLECTION: subtrees, PROBES: probes}, carry, batch)
 
-        return jax.vjp(run, probes, carry)
+        return jax.vjp(run, subtrees, probes, carry, saveable_args=(False, True, True))
 
     def _moved(
-        self, name: str, subtree: Any, votes: Any, step: jax.Array, key: jax.Array, moves: jax.Array
-    ) -> tuple[Any, Report]:
-        """The subtree after its votes, or as it was where `moves` is false, and the report over its matrices."""
+        self, name: str, subtrees: list[Any], votes: list[Any], step: jax.Array, keys: list[jax.Array], moves: jax.Array
+    ) -> tuple[list[Any], Report]:
+        """The subtrees (of several layers) after their votes, or as they were where `moves` is false, and the report
+        over their matrices."""
 
         def one(spec: MatrixSpec, matrix: Any, cast: Any, own: jax.Array) -> tuple[Any, Report]:
             new = self.rule.update(dict(matrix), cast, spec, step, own)
             chosen = jax.tree.map(lambda after, before: jnp.where(moves, after, before), new, dict(matrix))
             return chosen, self.rule.report(dict(matrix), chosen, spec)
 
-        both = _together(one, self._specs(name), name, key, subtree, votes)
+        pairs = _together(one, self._specs(name), name, keys, subtrees, votes)
         reports: list[Report] = []
 
         def split(path: str, matrix: Any, pair: tuple[Any, Report]) -> Any:
             reports.append(pair[1])
             return pair[0]
 
-        moved = map_matrices(split, subtree, both, prefix=name)
+        moved = [map_matrices(split, *both, prefix=name) for both in zip(subtrees, pairs, strict=True)]
         return moved, add_reports(*reports)
 
     def _specs(self, name: str) -> dict[str, MatrixSpec]:
@@ -223,27 +244,42 @@ class Sweep:
 
 
 def _together(
-    function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix: str, key: jax.Array, *trees: Any
-) -> Any:
-    """`function(spec, *nodes, key)` for every matrix of the trees, nested like the first of them.
+    function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix: str, keys: list[jax.Array], *trees: list[Any]
+) -> list[Any]:
+    """`function(spec, *nodes, key)` for every matrix of every layer, nested like the first of the trees.
+
+    Args:
+        function: see above.
+        specs: by path.
+        prefix: of the paths.
+        keys: one a layer.
+        trees: of each argument, one tree a layer.
 
     Matrices of one shape go through one vmapped call: fewer, larger operations to compile and to launch.
     """
-    entries: dict[str, tuple[Any, ...]] = {}
-    map_matrices(lambda path, *nodes: entries.update({path: (*nodes, matrix_key(key, path))}), *trees, prefix=prefix)
-    alike: dict[MatrixSpec, list[str]] = {}
-    for path in entries:
-        alike.setdefault(specs[path], []).append(path)
-    results: dict[str, Any] = {}
-    for spec, paths in alike.items():
-        if len(paths) == 1:
-            results[paths[0]] = function(spec, *entries[paths[0]])
+    entries: dict[tuple[int, str], tuple[Any, ...]] = {}
+    for layer, (key, *layer_trees) in enumerate(zip(keys, *trees, strict=True)):
+
+        def gather(path: str, *nodes: Any, layer: int = layer, key: jax.Array = key) -> None:
+            entries[layer, path] = (*nodes, matrix_key(key, path))
+
+        map_matrices(gather, *layer_trees, prefix=prefix)
+    alike: dict[MatrixSpec, list[tuple[int, str]]] = {}
+    for place in entries:
+        alike.setdefault(specs[place[1]], []).append(place)
+    results: dict[tuple[int, str], Any] = {}
+    for spec, places in alike.items():
+        if len(places) == 1:
+            results[places[0]] = function(spec, *entries[places[0]])
             continue
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(entries[path] for path in paths))
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(entries[place] for place in places))
         out = jax.vmap(partial(function, spec))(*stacked)
-        for index, path in enumerate(paths):
-            results[path] = jax.tree.map(lambda leaf, at=index: leaf[at], out)
-    return map_matrices(lambda path, *_: results[path], trees[0], prefix=prefix)
+        for index, place in enumerate(places):
+            results[place] = jax.tree.map(lambda leaf, at=index: leaf[at], out)
+    return [
+        map_matrices(lambda path, *_, layer=layer: results[layer, path], tree, prefix=prefix)
+        for layer, tree in enumerate(trees[0])
+    ]
 
 
 def _map_micro(function: Callable[[Any], tuple[Any, Any]], entries: Any, *, summed: bool = False) -> tuple[Any, Any]:

@@ -95,7 +95,14 @@ class Program:
     def sweep(self) -> Sweep:
         """Forward, backward and update, before it becomes a step."""
         stages = byte_stages(self.config.model, self.ternary)
-        return Sweep(stages, self.ternary.rule, self.specs, remat=self.config.model.remat)
+        config = self.config
+        return Sweep(
+            stages,
+            self.ternary.rule,
+            self.specs,
+            remat=config.model.remat,
+            layers_at_once=config.train.layers_at_once,
+        )
 
     def compile_step(self) -> Any:
         """The step compiled ahead of time for this configuration's exact shapes."""

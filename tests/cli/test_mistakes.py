@@ -35,6 +35,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
         (("--batch", "-3"), ("--batch", "at least 1", "-3")),
         (("--ctx", "1025"), ("--ctx 1025", "1024", "--preset")),
         (("--accum", "1.5"), ("--accum", "whole number", "'1.5'")),
+        (("--layers-at-once", "0"), ("--layers-at-once", "at least 1", "0")),
+        (("--layers-at-once", "3"), ("--layers-at-once", "divide", "2 layers", "3")),
         (("--seed", "4294967296"), ("--seed", "2^32", "4294967296")),
         (("--learning-rate", "high"), ("--learning-rate", "number", "'high'")),
         (("--learning-rate", "nan"), ("learning_rate", "nan")),

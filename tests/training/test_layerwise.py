@@ -117,6 +117,31 @@ def test_keeping_activations_changes_nothing(chain, three):
 
 
 @pytest.mark.parametrize("remat", [True, False])
+def test_layers_that_move_together_move_alike(untied, three, remat):
+    together = jitted(toy_chain.stages(), RULE, untied.specs, remat=remat, layers_at_once=toy_chain.LAYERS)
+    got, loss, *_ = together(untied.ternary, three, STEP, KEY, jnp.asarray(False))
+    expected, expected_loss, *_ = untied.sweep(three, remat)
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
+    assert_trees_equal(got, expected)
+
+
+def test_layers_that_move_together_keep_their_own_random_bits():
+    """Products of several layers at once round differently in the last bit; a rounding to integers seldom shows it."""
+    rule, batch = toy_chain.latent(), toy_chain.batches(2)
+    ternary = toy_chain.state(rule=rule)
+    one, all_of_them = (
+        jitted(toy_chain.stages(rule), rule, toy_chain.specs(), layers_at_once=layers)(
+            ternary, batch, STEP, KEY, jnp.asarray(False)
+        )[0]["blocks"]["dense"]
+        for layers in (1, toy_chain.LAYERS)
+    )
+    moved = (np.asarray(one["residual"]) != np.asarray(ternary["blocks"]["dense"]["residual"])).mean()
+    differ = (np.asarray(one["residual"]) != np.asarray(all_of_them["residual"])).mean()
+    assert moved > 0.2
+    assert differ < 0.01
+
+
+@pytest.mark.parametrize("remat", [True, False])
 def test_one_micro_batch_is_the_same_path(untied, remat):
     batch = toy_chain.batches(1, seed=5)
     votes = untied.votes(untied.ternary, micro(batch, 0))[1]
@@ -228,33 +253,43 @@ def byte_memory(layers, width, rows, rule="integral"):
     return (byte_stages(config, common), common.rule, matrix_specs(model, tokens)), ternary, batch
 
 
+def temporaries(build, rows, layers, width=256, **changes):
+    """Bytes of temporaries of a compiled sweep, whose donated state is updated in place, and of the state."""
+    arguments, ternary, batch = build(layers, width, rows)
+    scalars = (jax.ShapeDtypeStruct((), jnp.int32), KEY, jax.ShapeDtypeStruct((), jnp.bool))
+    memory = jitted(*arguments, donate=0, **changes).lower(ternary, batch, *scalars).compile().memory_analysis()
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(ternary))
+    assert memory.alias_size_in_bytes >= state
+    return memory.temp_size_in_bytes, state
+
+
 @pytest.mark.parametrize(
-    ("build", "rows"),
+    ("build", "rows", "together"),
     [
-        pytest.param(toy_memory, 1, id="toy"),
-        pytest.param(byte_memory, 8, id="integral"),
-        pytest.param(partial(byte_memory, rule="latent10"), 32, id="latent10"),
-        pytest.param(partial(byte_memory, rule="latent4"), 32, id="latent4", marks=pytest.mark.slow),
-        pytest.param(partial(byte_memory, rule="latent18"), 32, id="latent18", marks=pytest.mark.slow),
+        pytest.param(toy_memory, 1, 1, id="toy"),
+        pytest.param(byte_memory, 8, 1, id="integral"),
+        pytest.param(partial(byte_memory, rule="latent10"), 32, 1, id="latent10"),
+        pytest.param(toy_memory, 1, 2, id="toy-together"),
+        pytest.param(partial(byte_memory, rule="latent10"), 32, 2, id="latent10-together", marks=pytest.mark.slow),
+        pytest.param(partial(byte_memory, rule="latent4"), 32, 1, id="latent4", marks=pytest.mark.slow),
+        pytest.param(partial(byte_memory, rule="latent18"), 32, 1, id="latent18", marks=pytest.mark.slow),
     ],
 )
-def test_memory_grows_with_depth_by_the_kept_inputs_alone(build, rows):
+def test_memory_grows_with_depth_by_the_kept_inputs_alone(build, rows, together):
     """Weights dominate: hundreds of thousands a layer, a few rows of activations; and the gradient, latents and
     momentum that a rule makes of one layer are gone before those of the next."""
-    width, shallow, deep = 256, 2, 8
-    temporary = {}
-    for layers in (shallow, deep):
-        arguments, ternary, batch = build(layers, width, rows)
-        scalars = (jax.ShapeDtypeStruct((), jnp.int32), KEY, jax.ShapeDtypeStruct((), jnp.bool))
-        compiled = jitted(*arguments, donate=0).lower(ternary, batch, *scalars).compile()
-        temporary[layers] = compiled.memory_analysis().temp_size_in_bytes
-        # The donated state is updated in place, all of it.
-        state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(ternary))
-        assert compiled.memory_analysis().alias_size_in_bytes >= state
+    # A loop of one turn is no loop: the few layers are two turns.
+    width, shallow, deep = 256, 2 * together, 8
+    few, many = (temporaries(build, rows, layers, layers_at_once=together)[0] for layers in (shallow, deep))
     kept = (deep - shallow) * rows * width * 4
-    growth = temporary[deep] - temporary[shallow]
     # Beyond the kept inputs, nothing but alignment: 64 bytes a layer would be generous.
-    assert kept <= growth <= kept + (deep - shallow) * 64
+    assert kept <= many - few <= kept + (deep - shallow) * 64
+
+
+def test_kept_activations_bring_no_copy_of_the_state():
+    """Backward finds the state where it is: what a layer keeps is its activations, here a hundredth of its state."""
+    (few, small), (many, large) = (temporaries(toy_memory, 1, layers, remat=False) for layers in (2, 8))
+    assert 0 < many - few < (large - small) / 20
 
 
 def test_shards_equal_micro_batches():
