@@ -51,7 +51,7 @@ def write_checkpoint(folder: Path, step: int, flat: Mapping[str, Any], metadata:
 
 
 def read_checkpoint(folder: Path, step: int) -> tuple[Tree, dict[str, Any]]:
-    """Read one checkpoint's folder and verify every leaf.
+    """Read one checkpoint's folder and verify every file and leaf.
 
     Returns:
       The tree, of NumPy arrays in the dtypes and shapes that were saved, and the metadata.
@@ -59,6 +59,8 @@ def read_checkpoint(folder: Path, step: int) -> tuple[Tree, dict[str, Any]]:
     Raises:
       CheckpointError: something is missing, truncated or changed; the message names the leaf or file.
     """
+    # This verifies the files before Orbax sees them: where a read fails, Orbax cancels the others and closes its event
+    # loop, and TensorStore's late callbacks for those then print "Event loop is closed" on stderr.
     manifest = read_manifest(folder)
     if manifest["step"] != step:
         raise CheckpointError(f"{folder.name} holds step {manifest['step']}; was the folder renamed?")

@@ -45,14 +45,22 @@ def damage_truncate(checkpoint: Path) -> str:
 
 
 def damage_flip(checkpoint: Path) -> str:
-    flip_last_byte(largest_data_file(checkpoint))
-    return "000000003/state cannot be read|leaf .* does not match"
+    file = largest_data_file(checkpoint)
+    flip_last_byte(file)
+    return f"000000003/state/.*{file.name} does not match its SHA-256"
 
 
 def damage_remove_file(checkpoint: Path) -> str:
     file = largest_data_file(checkpoint)
     file.unlink()
     return f"{file.name} is missing"
+
+
+def damage_folder_for_file(checkpoint: Path) -> str:
+    file = largest_data_file(checkpoint)
+    file.unlink()
+    file.mkdir()
+    return f"000000003/state/.*{file.name} cannot be read"
 
 
 def damage_remove_manifest(checkpoint: Path) -> str:
@@ -84,8 +92,8 @@ def damage_wrong_kind_of_manifest(checkpoint: Path) -> str:
 
 def damage_newer_format(checkpoint: Path) -> str:
     path = checkpoint / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 9'))
-    return "has format 9, this version reads 1"
+    path.write_text(path.read_text().replace(f'"format": {manifest.FORMAT}', '"format": 9'))
+    return f"has format 9, this version reads {manifest.FORMAT};"
 
 
 def rewrite_manifest(checkpoint: Path, change) -> None:
@@ -137,6 +145,20 @@ def test_offers_a_newer_one_when_no_older_is_good(tmp_path):
         (tmp_path / f"{step:09d}" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"no other checkpoint in .* is good"):
         Checkpointer(tmp_path).restore(1)
+
+
+def test_orbax_never_meets_a_damaged_file(tmp_path, monkeypatch):
+    """Its reads run side by side, and those that a failing one leaves behind complain on stderr about a closed loop."""
+    save_all(tmp_path, [1])
+    monkeypatch.setattr("arbs_jax.run.storage._load_state", lambda *_: pytest.fail("Orbax was asked to read"))
+    files = [path for path in (tmp_path / "000000001" / "state").rglob("*") if path.is_file()]
+    assert len(files) > 4
+    for file in files:
+        whole = file.read_bytes()
+        flip_last_byte(file)
+        with pytest.raises(CheckpointError, match=f"{file.name} does not match its SHA-256"):
+            Checkpointer(tmp_path).restore()
+        file.write_bytes(whole)
 
 
 def test_a_renamed_checkpoint_is_noticed(tmp_path):
