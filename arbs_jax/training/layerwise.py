@@ -137,8 +137,9 @@ class Sweep:
             for offset in reversed(range(together)):
                 subtree, saved_here = (jax.tree.map(lambda leaf, at=offset: leaf[at], tree) for tree in (part, kept))
                 layer_key = jax.random.fold_in(key, first + offset + 1)
-                # A layer is not run again before the layer above is through with backward: one layer's activations.
-                cotangent, saved_here = jax.lax.optimization_barrier((cotangent, saved_here))
+                if self.remat and together > 1:
+                    # A layer is not run again before the one above is through with backward: one layer's activations.
+                    cotangent, saved_here = jax.lax.optimization_barrier((cotangent, saved_here))
                 cotangent, found = self._micro_backward(
                     stage, {name: subtree}, saved_here, cotangent, batch, step, layer_key
                 )
