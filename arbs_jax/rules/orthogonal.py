@@ -1,9 +1,9 @@
 """Orthogonalising by matrix products alone.
 
 Newton-Schulz iterations with quintic polynomials of the Gram matrix bring all singular values near one. Two things
-keep them few, and an iteration is three products, each with its sum in the epilogue: the starting matrix is divided by
-the root of its Gram matrix's Frobenius norm, a bound on the largest singular value that is tighter than the matrix's
-own Frobenius norm; and the coefficients differ from step to step.
+keep them few: the starting matrix is divided by the root of its Gram matrix's Frobenius norm, a bound on the largest
+singular value that is tighter than the matrix's own Frobenius norm; and where it matters the coefficients differ from
+step to step. Sums are taken of small square matrices, not of the wide one.
 """
 
 import jax
@@ -53,14 +53,15 @@ def orthonormal_columns(x: jax.Array) -> jax.Array:
 
 
 def _iterate(y: jax.Array, coefficients: tuple[tuple[float, float, float], ...], dtype: jnp.dtype) -> jax.Array:
-    """`y <- a y + (b G + c G G) y` with `G = y y^T`, for a wide `y`, in `dtype`."""
+    """`y <- (a + b G + c G G) y` with `G = y y^T`, for a wide `y`, in `dtype`."""
     # Once by the Frobenius norm, so that the Gram matrix neither overflows nor vanishes.
     y = (y * jax.lax.rsqrt(jnp.sum(jnp.square(y)) + _TINY)).astype(dtype)
+    identity = jnp.eye(y.shape[0], dtype=dtype)
     for index, (a, b, c) in enumerate(coefficients):
         gram = y @ y.T
         if index == 0:
             bound = jax.lax.rsqrt(jnp.sum(jnp.square(gram.astype(jnp.float32))) + _TINY)
             gram, y = gram * bound.astype(dtype), y * jnp.sqrt(bound).astype(dtype)
-        polynomial = b * gram + c * (gram @ gram) if c else b * gram
-        y = a * y + polynomial @ y
+        polynomial = a * identity + b * gram
+        y = (polynomial + c * (gram @ gram) if c else polynomial) @ y
     return y

@@ -121,6 +121,8 @@ class Sweep:
     ) -> tuple[Carry, Any, Report]:
         (name,) = stage.keys
         together = self.layers_at_once
+        # A vote that is added to no other is cast where the layers move, for all of them at once.
+        sole = self.axis_name is None and jax.tree.leaves(batch)[0].shape[0] == 1
         groups = jax.tree.leaves(stack)[0].shape[0] // together
 
         # The stack is carried, not scanned over: a loop updates its carry in place, where scanned inputs and outputs
@@ -141,12 +143,12 @@ class Sweep:
                     # A layer is not run again before the one above is through with backward: one layer's activations.
                     cotangent, saved_here = jax.lax.optimization_barrier((cotangent, saved_here))
                 cotangent, found = self._micro_backward(
-                    stage, {name: subtree}, saved_here, cotangent, batch, step, layer_key
+                    stage, {name: subtree}, saved_here, cotangent, batch, step, layer_key, cast=not sole
                 )
                 subtrees.insert(0, subtree)
                 votes.insert(0, found[name])
                 keys.insert(0, layer_key)
-            moved, own = self._moved(name, subtrees, votes, step, keys, moves)
+            moved, own = self._moved(name, subtrees, votes, step, keys, moves, cast=not sole)
             moved = jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved)
             stack = jax.tree.map(
                 lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, first, 0), stack, moved
@@ -177,21 +179,24 @@ class Sweep:
         batch: Any,
         step: jax.Array,
         key: jax.Array,
+        cast: bool = True,
     ) -> tuple[Carry, Subtrees]:
-        """(cotangents of the carry stacked over A, votes summed over A and over the mapped axis)."""
+        """(cotangents of the carry stacked over A, votes summed over A and over the mapped axis); without `cast` what
+        the one micro-batch collected, in place of votes."""
 
         def one(entry: tuple[Any, Carry, Any, jax.Array]) -> tuple[Carry, Subtrees]:
             kept, cotangent, batch, index = entry
             pull = self._vjp(stage, subtrees, kept, batch)[1] if self.remat else kept
             pull = pull.replace(args_res=[subtrees, *pull.args_res[1:]])
             _, collected, cotangent = pull(cotangent)
-            micro_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
+            if not cast:
+                return cotangent, collected
             votes = {
                 name: _together(
                     lambda spec, matrix, found, own: self.rule.vote(found, matrix, spec, own),
                     self._specs(name),
                     name,
-                    [micro_key],
+                    [_vote_key(key, step, index)],
                     [subtrees[name]],
                     [collected[name]],
                 )[0]
@@ -220,17 +225,27 @@ class Sweep:
         return jax.vjp(run, subtrees, probes, carry, saveable_args=(False, True, True))
 
     def _moved(
-        self, name: str, subtrees: list[Any], votes: list[Any], step: jax.Array, keys: list[jax.Array], moves: jax.Array
+        self,
+        name: str,
+        subtrees: list[Any],
+        votes: list[Any],
+        step: jax.Array,
+        keys: list[jax.Array],
+        moves: jax.Array,
+        cast: bool = True,
     ) -> tuple[list[Any], Report]:
         """The subtrees (of several layers) after their votes, or as they were where `moves` is false, and the report
-        over their matrices."""
+        over their matrices. Without `cast`, `votes` are what the one micro-batch collected."""
 
-        def one(spec: MatrixSpec, matrix: Any, cast: Any, own: jax.Array) -> tuple[Any, Report]:
-            new = self.rule.update(dict(matrix), cast, spec, step, own)
+        def one(spec: MatrixSpec, matrix: Any, found: Any, own: tuple[jax.Array, jax.Array]) -> tuple[Any, Report]:
+            lasting, passing = own
+            counted = found if cast else self.rule.vote(found, matrix, spec, passing)
+            new = self.rule.update(dict(matrix), counted, spec, step, lasting)
             chosen = jax.tree.map(lambda after, before: jnp.where(moves, after, before), new, dict(matrix))
             return chosen, self.rule.report(dict(matrix), chosen, spec)
 
-        pairs = _together(one, self._specs(name), name, keys, subtrees, votes)
+        both_keys = [(key, _vote_key(key, step, 0)) for key in keys]
+        pairs = _together(one, self._specs(name), name, both_keys, subtrees, votes)
         reports: list[Report] = []
 
         def split(path: str, matrix: Any, pair: tuple[Any, Report]) -> Any:
@@ -244,16 +259,21 @@ class Sweep:
         return flatten_specs(self.specs[name], name)
 
 
+def _vote_key(key: jax.Array, step: jax.Array, micro: jax.Array | int) -> jax.Array:
+    """The key of one contribution to a layer: of the step and of the micro-batch's number over all shards."""
+    return jax.random.fold_in(jax.random.fold_in(key, step), micro)
+
+
 def _together(
-    function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix: str, keys: list[jax.Array], *trees: list[Any]
+    function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix: str, keys: list[Any], *trees: list[Any]
 ) -> list[Any]:
-    """`function(spec, *nodes, key)` for every matrix of every layer, nested like the first of the trees.
+    """`function(spec, *nodes, keys of the matrix)` for every matrix of every layer, nested like the first of the trees.
 
     Args:
         function: see above.
         specs: by path.
         prefix: of the paths.
-        keys: one a layer.
+        keys: one, or a tuple of them, a layer.
         trees: of each argument, one tree a layer.
 
     Matrices of one shape go through one vmapped call: fewer, larger operations to compile and to launch.
@@ -261,8 +281,8 @@ def _together(
     entries: dict[tuple[int, str], tuple[Any, ...]] = {}
     for layer, (key, *layer_trees) in enumerate(zip(keys, *trees, strict=True)):
 
-        def gather(path: str, *nodes: Any, layer: int = layer, key: jax.Array = key) -> None:
-            entries[layer, path] = (*nodes, matrix_key(key, path))
+        def gather(path: str, *nodes: Any, layer: int = layer, key: Any = key) -> None:
+            entries[layer, path] = (*nodes, jax.tree.map(lambda one: matrix_key(one, path), key))
 
         map_matrices(gather, *layer_trees, prefix=prefix)
     alike: dict[MatrixSpec, list[tuple[int, str]]] = {}
