@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from arbs_jax.errors import ConfigError
 from arbs_jax.layers import COLLECTION, PROBES
 from arbs_jax.models.stages import Carry, Stage, Subtrees
 from arbs_jax.rules import Rule
@@ -53,6 +54,9 @@ class Sweep:
         Returns:
             (state, mean loss float32 (), whether the state moved bool (), the rule's report summed over all matrices).
             A loss that is not finite blocks the update.
+
+        Raises:
+            ConfigError: `layers_at_once` does not divide the layers of a stack.
         """
         saved, loss = self._forward(ternary, batch)
         if self.axis_name is not None:
@@ -123,7 +127,10 @@ class Sweep:
         together = self.layers_at_once
         # A vote that is added to no other is cast where the layers move, for all of them at once.
         sole = self.axis_name is None and jax.tree.leaves(batch)[0].shape[0] == 1
-        groups = jax.tree.leaves(stack)[0].shape[0] // together
+        layers = jax.tree.leaves(stack)[0].shape[0]
+        if layers % together:
+            raise ConfigError(f"layers_at_once must divide the {layers} layers of {name!r}, got {together}")
+        groups = layers // together
 
         # The stack is carried, not scanned over: a loop updates its carry in place, where scanned inputs and outputs
         # would be two copies of the state.

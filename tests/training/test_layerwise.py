@@ -15,6 +15,7 @@ from support import assert_trees_equal
 from toy_chain import RULE
 
 from arbs_jax import Integral, TernaryConfig, matrix_specs, update, value_and_votes
+from arbs_jax.errors import ConfigError
 from arbs_jax.models import ByteLM, ModelConfig, cross_entropy
 from arbs_jax.models.byte_stages import byte_stages
 from arbs_jax.rules import RuleConfig, Schedule, default_group_size, make_rule
@@ -123,6 +124,12 @@ def test_layers_that_move_together_move_alike(untied, three, remat):
     expected, expected_loss, *_ = untied.sweep(three, remat)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
     assert_trees_equal(got, expected)
+
+
+def test_layers_that_move_together_divide_the_stack(untied, three):
+    together = Sweep(toy_chain.stages(), RULE, untied.specs, layers_at_once=2)
+    with pytest.raises(ConfigError, match="layers_at_once must divide the 3 layers of 'blocks', got 2"):
+        together(untied.ternary, three, STEP, KEY, jnp.asarray(False))
 
 
 def test_layers_that_move_together_keep_their_own_random_bits():
