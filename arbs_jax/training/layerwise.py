@@ -107,7 +107,9 @@ class Sweep:
                 if any(name in earlier.keys for earlier in self.stages[:position]):
                     pending[name] = total
                 else:
-                    (ternary[name],), own = self._moved(name, [ternary[name]], [total], step, [key], moves)
+                    before, cast = jax.tree.map(lambda leaf: leaf[None], (ternary[name], total))
+                    moved, own = self._moved(name, before, cast, step, key[None], moves)
+                    ternary[name] = jax.tree.map(lambda leaf: leaf[0], moved)
                     report = add_reports(report, own)
         return ternary, report
 
@@ -130,41 +132,33 @@ class Sweep:
         layers = jax.tree.leaves(stack)[0].shape[0]
         if layers % together:
             raise ConfigError(f"layers_at_once must divide the {layers} layers of {name!r}, got {together}")
-        groups = layers // together
+
+        def layer(cotangent: Carry, entry: tuple[jax.Array, Any]) -> tuple[Carry, Any]:
+            index, subtree = entry
+            kept = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), saved)
+            cotangent, votes = self._micro_backward(
+                stage, {name: subtree}, kept, cotangent, batch, step, _layer_key(key, index), cast=not sole
+            )
+            return cotangent, votes[name]
 
         # The stack is carried, not scanned over: a loop updates its carry in place, where scanned inputs and outputs
         # would be two copies of the state.
-        def group(carry: tuple[Carry, Any, Report], entry: tuple[jax.Array, Any]) -> tuple[Any, None]:
+        def group(carry: tuple[Carry, Any, Report], indices: jax.Array) -> tuple[Any, None]:
             cotangent, stack, report = carry
-            index, kept = entry
-            first = index * together
-            part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, together), stack)
+            part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, indices[0], together), stack)
             # The layers are copied out whole: were their slices read from the stack again after they have moved, the
             # compiler would have to keep a second stack.
             part = jax.lax.optimization_barrier(part)
-            subtrees, votes, keys = [], [], []
-            for offset in reversed(range(together)):
-                subtree, saved_here = (jax.tree.map(lambda leaf, at=offset: leaf[at], tree) for tree in (part, kept))
-                layer_key = jax.random.fold_in(key, first + offset + 1)
-                if self.remat and together > 1:
-                    # A layer is not run again before the one above is through with backward: one layer's activations.
-                    cotangent, saved_here = jax.lax.optimization_barrier((cotangent, saved_here))
-                cotangent, found = self._micro_backward(
-                    stage, {name: subtree}, saved_here, cotangent, batch, step, layer_key, cast=not sole
-                )
-                subtrees.insert(0, subtree)
-                votes.insert(0, found[name])
-                keys.insert(0, layer_key)
-            moved, own = self._moved(name, subtrees, votes, step, keys, moves, cast=not sole)
-            moved = jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved)
+            cotangent, votes = jax.lax.scan(layer, cotangent, (indices, part), reverse=True)
+            keys = jax.vmap(partial(_layer_key, key))(indices)
+            moved, own = self._moved(name, part, votes, step, keys, moves, cast=not sole)
             stack = jax.tree.map(
-                lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, first, 0), stack, moved
+                lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, indices[0], 0), stack, moved
             )
             return (cotangent, stack, add_reports(report, own)), None
 
-        saved = jax.tree.map(lambda leaf: leaf.reshape(groups, together, *leaf.shape[1:]), saved)
-        indices = jnp.arange(groups, dtype=jnp.int32)
-        return jax.lax.scan(group, (cotangent, stack, report), (indices, saved), reverse=True)[0]
+        indices = jnp.arange(layers, dtype=jnp.int32).reshape(-1, together)
+        return jax.lax.scan(group, (cotangent, stack, report), indices, reverse=True)[0]
 
     def _micro_forward(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any]:
         """The stage over every micro-batch: (carries stacked over A, what backward needs stacked over A)."""
@@ -198,16 +192,12 @@ class Sweep:
             _, collected, cotangent = pull(cotangent)
             if not cast:
                 return cotangent, collected
+            own = _vote_key(key, step, index)
             votes = {
                 name: _together(
-                    lambda spec, matrix, found, own: self.rule.vote(found, matrix, spec, own),
-                    self._specs(name),
-                    name,
-                    [_vote_key(key, step, index)],
-                    [subtrees[name]],
-                    [collected[name]],
-                )[0]
-                for name in stage.keys
+                    self._vote, self._specs(name), name, subtree, collected[name], _keys(name, subtree, own)
+                )
+                for name, subtree in subtrees.items()
             }
             return cotangent, votes
 
@@ -231,39 +221,59 @@ class Sweep:
 
         return jax.vjp(run, subtrees, probes, carry, saveable_args=(False, True, True))
 
+    def _vote(self, spec: MatrixSpec, matrix: Any, collected: Any, key: jax.Array) -> Any:
+        return self.rule.vote(collected, matrix, spec, key)
+
     def _moved(
         self,
         name: str,
-        subtrees: list[Any],
-        votes: list[Any],
+        subtrees: Any,
+        votes: Any,
         step: jax.Array,
-        keys: list[jax.Array],
+        keys: jax.Array,
         moves: jax.Array,
         cast: bool = True,
-    ) -> tuple[list[Any], Report]:
-        """The subtrees (of several layers) after their votes, or as they were where `moves` is false, and the report
+    ) -> tuple[Any, Report]:
+        """The state of several layers, stacked, after their votes, or as it was where `moves` is false; and the report
         over their matrices. Without `cast`, `votes` are what the one micro-batch collected."""
 
-        def one(spec: MatrixSpec, matrix: Any, found: Any, own: tuple[jax.Array, jax.Array]) -> tuple[Any, Report]:
-            lasting, passing = own
-            counted = found if cast else self.rule.vote(found, matrix, spec, passing)
-            new = self.rule.update(dict(matrix), counted, spec, step, lasting)
+        def one(spec: MatrixSpec, matrix: Any, found: Any, own: jax.Array, passing: jax.Array) -> tuple[Any, Report]:
+            counted = found if cast else self._vote(spec, matrix, found, passing)
+            new = self.rule.update(dict(matrix), counted, spec, step, own)
             chosen = jax.tree.map(lambda after, before: jnp.where(moves, after, before), new, dict(matrix))
             return chosen, self.rule.report(dict(matrix), chosen, spec)
 
-        both_keys = [(key, _vote_key(key, step, 0)) for key in keys]
-        pairs = _together(one, self._specs(name), name, both_keys, subtrees, votes)
+        lasting = jax.vmap(lambda key: _keys(name, subtrees, key))(keys)
+        passing = jax.vmap(lambda key: _keys(name, subtrees, _vote_key(key, step, 0)))(keys)
+        pairs = _together(
+            lambda spec, *nodes: jax.vmap(partial(one, spec))(*nodes),
+            self._specs(name),
+            name,
+            subtrees,
+            votes,
+            lasting,
+            passing,
+        )
         reports: list[Report] = []
 
         def split(path: str, matrix: Any, pair: tuple[Any, Report]) -> Any:
-            reports.append(pair[1])
+            reports.append(jax.tree.map(jnp.sum, pair[1]))
             return pair[0]
 
-        moved = [map_matrices(split, *both, prefix=name) for both in zip(subtrees, pairs, strict=True)]
-        return moved, add_reports(*reports)
+        return map_matrices(split, subtrees, pairs, prefix=name), add_reports(*reports)
 
     def _specs(self, name: str) -> dict[str, MatrixSpec]:
         return flatten_specs(self.specs[name], name)
+
+
+def _keys(name: str, subtree: Any, key: jax.Array) -> Any:
+    """A key for every matrix, nested like the state."""
+    return map_matrices(lambda path, _: matrix_key(key, path), subtree, prefix=name)
+
+
+def _layer_key(key: jax.Array, index: jax.Array) -> jax.Array:
+    """The key of a layer of a stack; what is not stacked has the key of the run."""
+    return jax.random.fold_in(key, index + 1)
 
 
 def _vote_key(key: jax.Array, step: jax.Array, micro: jax.Array | int) -> jax.Array:
@@ -271,43 +281,26 @@ def _vote_key(key: jax.Array, step: jax.Array, micro: jax.Array | int) -> jax.Ar
     return jax.random.fold_in(jax.random.fold_in(key, step), micro)
 
 
-def _together(
-    function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix: str, keys: list[Any], *trees: list[Any]
-) -> list[Any]:
-    """`function(spec, *nodes, keys of the matrix)` for every matrix of every layer, nested like the first of the trees.
-
-    Args:
-        function: see above.
-        specs: by path.
-        prefix: of the paths.
-        keys: one, or a tuple of them, a layer.
-        trees: of each argument, one tree a layer.
+def _together(function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix: str, *trees: Any) -> Any:
+    """`function(spec, *nodes)` for every matrix of the trees, nested like the first of them.
 
     Matrices of one shape go through one vmapped call: fewer, larger operations to compile and to launch.
     """
-    entries: dict[tuple[int, str], tuple[Any, ...]] = {}
-    for layer, (key, *layer_trees) in enumerate(zip(keys, *trees, strict=True)):
-
-        def gather(path: str, *nodes: Any, layer: int = layer, key: Any = key) -> None:
-            entries[layer, path] = (*nodes, jax.tree.map(lambda one: matrix_key(one, path), key))
-
-        map_matrices(gather, *layer_trees, prefix=prefix)
-    alike: dict[MatrixSpec, list[tuple[int, str]]] = {}
-    for place in entries:
-        alike.setdefault(specs[place[1]], []).append(place)
-    results: dict[tuple[int, str], Any] = {}
-    for spec, places in alike.items():
-        if len(places) == 1:
-            results[places[0]] = function(spec, *entries[places[0]])
+    entries: dict[str, tuple[Any, ...]] = {}
+    map_matrices(lambda path, *nodes: entries.update({path: nodes}), *trees, prefix=prefix)
+    alike: dict[MatrixSpec, list[str]] = {}
+    for path in entries:
+        alike.setdefault(specs[path], []).append(path)
+    results: dict[str, Any] = {}
+    for spec, paths in alike.items():
+        if len(paths) == 1:
+            results[paths[0]] = function(spec, *entries[paths[0]])
             continue
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(entries[place] for place in places))
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(entries[path] for path in paths))
         out = jax.vmap(partial(function, spec))(*stacked)
-        for index, place in enumerate(places):
-            results[place] = jax.tree.map(lambda leaf, at=index: leaf[at], out)
-    return [
-        map_matrices(lambda path, *_, layer=layer: results[layer, path], tree, prefix=prefix)
-        for layer, tree in enumerate(trees[0])
-    ]
+        for index, path in enumerate(paths):
+            results[path] = jax.tree.map(lambda leaf, at=index: leaf[at], out)
+    return map_matrices(lambda path, *_: results[path], trees[0], prefix=prefix)
 
 
 def _map_micro(function: Callable[[Any], tuple[Any, Any]], entries: Any, *, summed: bool = False) -> tuple[Any, Any]:
