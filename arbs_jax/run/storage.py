@@ -1,6 +1,9 @@
 """The contents of one checkpoint folder: leaves through Orbax, everything about them in the manifest."""
 
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,35 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {line[:160]}{'...' if len(line) > 160 else ''}"
 
 
+@contextmanager
+def late_callbacks_ignored() -> Iterator[None]:
+    """Keeps stderr free of "Event loop is closed" while Orbax works, and of nothing else.
+
+    Orbax reads and writes leaves side by side. Where one fails it cancels the others and closes its event loop, and
+    TensorStore's threads then call the closed loop: an error after the error, which nobody could catch.
+    """
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except BaseException:
+        time.sleep(0.1)  # The callbacks come within a millisecond.
+        raise
+    finally:
+        sys.unraisablehook = usual
+
+
 def _save_state(folder: Path, flat: Mapping[str, Any]) -> None:
     # Orbax refuses arrays without elements; the manifest alone brings those back.
     stored = {path: to_storable(leaf) for path, leaf in flat.items() if not isinstance(leaf, dict) and leaf.size}
     if stored:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with late_callbacks_ignored(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(stored))
 
 
@@ -33,7 +60,7 @@ def _load_state(folder: Path, paths: list[str]) -> dict[str, np.ndarray]:
     if not paths:
         return {}
     arguments = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with late_callbacks_ignored(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(folder.absolute(), ocp.args.PyTreeRestore(restore_args=arguments))
 
 
@@ -59,8 +86,7 @@ def read_checkpoint(folder: Path, step: int) -> tuple[Tree, dict[str, Any]]:
     Raises:
       CheckpointError: something is missing, truncated or changed; the message names the leaf or file.
     """
-    # This verifies the files before Orbax sees them: where a read fails, Orbax cancels the others and closes its event
-    # loop, and TensorStore's late callbacks for those then print "Event loop is closed" on stderr.
+    # This verifies the files before Orbax sees them, which would read past a flipped byte or fail in words of its own.
     manifest = read_manifest(folder)
     if manifest["step"] != step:
         raise CheckpointError(f"{folder.name} holds step {manifest['step']}; was the folder renamed?")

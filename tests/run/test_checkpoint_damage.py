@@ -16,6 +16,7 @@ import arbs_jax
 from arbs_jax.errors import CheckpointError
 from arbs_jax.run import manifest
 from arbs_jax.run.checkpoints import Checkpointer, list_steps
+from arbs_jax.run.storage import late_callbacks_ignored
 
 
 def in_subprocess(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -275,3 +276,28 @@ def test_kill_between_rename_and_pruning_is_mended_by_the_next_save(tmp_path):
         assert saver.steps() == [1]
         saver.save(2, make_tree(2), {})
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["000000001.1", "000000002"]
+
+
+def test_only_the_closed_loop_is_kept_from_stderr(monkeypatch: pytest.MonkeyPatch):
+    """An error nobody can catch is reported as ever, unless it is TensorStore's call of a loop that Orbax closed."""
+    reported: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(str(unraisable.exc_value)))
+
+    class Late:
+        def __init__(self, message: str):
+            self.message = message
+
+        def __del__(self):
+            raise RuntimeError(self.message)
+
+    def fail() -> None:
+        with late_callbacks_ignored():
+            Late("Event loop is closed")
+            Late("something else")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert reported == ["something else"]
+    Late("Event loop is closed")
+    assert reported == ["something else", "Event loop is closed"]
