@@ -156,5 +156,6 @@ MAY_CHANGE = frozenset(
 )
 """Keys of `config.json` that may differ when a run is resumed: the rest decides the state bit for bit.
 
-More steps or another rate are asked for with open eyes; a text may have moved, and its fingerprint is compared.
+More steps or another rate are asked for with open eyes; another kernel or more layers at once may round differently; a
+text may have moved, and its fingerprint is compared.
 """

@@ -130,7 +130,7 @@ class ModelFlags:
     layers_at_once: Annotated[
         int | None,
         whole("--layers-at-once"),
-        about("Layers that move together: faster on GPUs, more memory.", str(TrainConfig.layers_at_once)),
+        about("Layers that move together: fewer launches, more memory.", str(TrainConfig.layers_at_once)),
     ] = None
     data: Annotated[
         str | None,

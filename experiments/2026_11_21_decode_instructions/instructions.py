@@ -33,38 +33,30 @@ def plain(codes):
     )
 
 
+def assembly(digit: str) -> tl.constexpr:
+    """PTX from four bytes to five planes of `2 + digit/2`, two numbers to a register; `digit` puts the digit of `t` in
+    the mantissa's top bits, so that nothing is converted."""
+    lines = [".reg .b32 a, b, t;", "prmt.b32 a, $10, 0, 0x4140;", "prmt.b32 b, $10, 0, 0x4342;"]
+    for plane in range(5):
+        for half, pair in enumerate("ab"):
+            fraction = f"mul.lo.u32 t, {pair}, {3**plane}; and.b32 t, t, 0x00FF00FF; mul.lo.u32 t, t, 3;"
+            first = f"mul.lo.u32 t, {pair}, 3;"
+            lines.append(f"{fraction if plane else first} {digit.format(f'${2 * plane + half}')}")
+    return tl.constexpr("{ " + "\n".join(lines) + " }")
+
+
+BFLOAT16 = assembly("shr.u32 t, t, 3; lop3.b32 {}, t, 0x00600060, 0x40004000, 0xEA;")
+FLOAT16 = assembly("lop3.b32 {}, t, 0x03000300, 0x40004000, 0xEA;")
+
+
 @triton.jit
 def pairs_bfloat16(codes):
-    """Five planes of `2 + digit/2`, two to a register: the digit is the mantissa's top, so nothing is converted."""
+    """Five planes of `2 + digit/2`."""
     return tl.inline_asm_elementwise(
-        asm="""
-        {
-        .reg .b32 a, b, t;
-        prmt.b32 a, $10, 0, 0x4140;
-        prmt.b32 b, $10, 0, 0x4342;
-        mul.lo.u32 t, a, 3; shr.u32 t, t, 3; lop3.b32 $0, t, 0x00600060, 0x40004000, 0xEA;
-        mul.lo.u32 t, b, 3; shr.u32 t, t, 3; lop3.b32 $1, t, 0x00600060, 0x40004000, 0xEA;
-        mul.lo.u32 t, a, 3; and.b32 t, t, 0x00FF00FF;
-        mul.lo.u32 t, t, 3; shr.u32 t, t, 3; lop3.b32 $2, t, 0x00600060, 0x40004000, 0xEA;
-        mul.lo.u32 t, b, 3; and.b32 t, t, 0x00FF00FF;
-        mul.lo.u32 t, t, 3; shr.u32 t, t, 3; lop3.b32 $3, t, 0x00600060, 0x40004000, 0xEA;
-        mul.lo.u32 t, a, 9; and.b32 t, t, 0x00FF00FF;
-        mul.lo.u32 t, t, 3; shr.u32 t, t, 3; lop3.b32 $4, t, 0x00600060, 0x40004000, 0xEA;
-        mul.lo.u32 t, b, 9; and.b32 t, t, 0x00FF00FF;
-        mul.lo.u32 t, t, 3; shr.u32 t, t, 3; lop3.b32 $5, t, 0x00600060, 0x40004000, 0xEA;
-        mul.lo.u32 t, a, 27; and.b32 t, t, 0x00FF00FF;
-        mul.lo.u32 t, t, 3; shr.u32 t, t, 3; lop3.b32 $6, t, 0x00600060, 0x40004000, 0xEA;
-        mul.lo.u32 t, b, 27; and.b32 t, t, 0x00FF00FF;
-        mul.lo.u32 t, t, 3; shr.u32 t, t, 3; lop3.b32 $7, t, 0x00600060, 0x40004000, 0xEA;
-        mul.lo.u32 t, a, 81; and.b32 t, t, 0x00FF00FF;
-        mul.lo.u32 t, t, 3; shr.u32 t, t, 3; lop3.b32 $8, t, 0x00600060, 0x40004000, 0xEA;
-        mul.lo.u32 t, b, 81; and.b32 t, t, 0x00FF00FF;
-        mul.lo.u32 t, t, 3; shr.u32 t, t, 3; lop3.b32 $9, t, 0x00600060, 0x40004000, 0xEA;
-        }
-        """,
-        constraints="=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r",
-        args=[codes],
-        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        BFLOAT16,
+        "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r",
+        [codes],
+        (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
         is_pure=True,
         pack=4,
     )
@@ -72,28 +64,12 @@ def pairs_bfloat16(codes):
 
 @triton.jit
 def pairs_float16(codes):
-    """As in bfloat16; in float16 the digit already lies at the mantissa's top and needs no shift."""
+    """As in bfloat16; the digit already lies at the mantissa's top and needs no shift."""
     return tl.inline_asm_elementwise(
-        asm="""
-        {
-        .reg .b32 a, b, t;
-        prmt.b32 a, $10, 0, 0x4140;
-        prmt.b32 b, $10, 0, 0x4342;
-        mul.lo.u32 t, a, 3; lop3.b32 $0, t, 0x03000300, 0x40004000, 0xEA;
-        mul.lo.u32 t, b, 3; lop3.b32 $1, t, 0x03000300, 0x40004000, 0xEA;
-        mul.lo.u32 t, a, 3; and.b32 t, t, 0x00FF00FF; mul.lo.u32 t, t, 3; lop3.b32 $2, t, 0x03000300, 0x40004000, 0xEA;
-        mul.lo.u32 t, b, 3; and.b32 t, t, 0x00FF00FF; mul.lo.u32 t, t, 3; lop3.b32 $3, t, 0x03000300, 0x40004000, 0xEA;
-        mul.lo.u32 t, a, 9; and.b32 t, t, 0x00FF00FF; mul.lo.u32 t, t, 3; lop3.b32 $4, t, 0x03000300, 0x40004000, 0xEA;
-        mul.lo.u32 t, b, 9; and.b32 t, t, 0x00FF00FF; mul.lo.u32 t, t, 3; lop3.b32 $5, t, 0x03000300, 0x40004000, 0xEA;
-        mul.lo.u32 t, a, 27; and.b32 t, t, 0x00FF00FF; mul.lo.u32 t, t, 3; lop3.b32 $6, t, 0x03000300, 0x40004000, 0xEA;
-        mul.lo.u32 t, b, 27; and.b32 t, t, 0x00FF00FF; mul.lo.u32 t, t, 3; lop3.b32 $7, t, 0x03000300, 0x40004000, 0xEA;
-        mul.lo.u32 t, a, 81; and.b32 t, t, 0x00FF00FF; mul.lo.u32 t, t, 3; lop3.b32 $8, t, 0x03000300, 0x40004000, 0xEA;
-        mul.lo.u32 t, b, 81; and.b32 t, t, 0x00FF00FF; mul.lo.u32 t, t, 3; lop3.b32 $9, t, 0x03000300, 0x40004000, 0xEA;
-        }
-        """,
-        constraints="=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r",
-        args=[codes],
-        dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
+        FLOAT16,
+        "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r",
+        [codes],
+        (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
         is_pure=True,
         pack=4,
     )
