@@ -9,6 +9,7 @@ step (state and batch, temporaries) with the state updated in place.
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,19 @@ from rich.table import Table
 from arbs_jax.training.program import Program
 
 
-def arms(setting: Setting, rules: list[str]) -> dict[str, tuple[Any, Any]]:
-    """{name: (compiled step, fresh state)}; a step is `(state, tokens) -> (state, anything)`."""
+def arms(setting: Setting, rules: list[str], layers: list[int]) -> dict[tuple[str, int], tuple[Any, Any]]:
+    """{(name, layers at once): (compiled step, fresh state)}; a step is `(state, tokens) -> (state, anything)`."""
     tokens = jax.ShapeDtypeStruct((1, setting.batch, setting.context + 1), jnp.uint8)
-    made: dict[str, tuple[Any, Any]] = {}
+    made: dict[tuple[str, int], tuple[Any, Any]] = {}
     for rule in rules:
-        program = Program(setting.config(rule))
-        made[rule] = (program.step.lower(program.abstract_state, tokens).compile(), program.init_state())
+        for together in layers:
+            config = setting.config(rule)
+            program = Program(replace(config, train=replace(config.train, layers_at_once=together)))
+            made[rule, together] = (program.step.lower(program.abstract_state, tokens).compile(), program.init_state())
     program = Program(setting.config("latent10"))
     state = jax.jit(lambda: QAT.init(program.specs, program.config.model.layers, jnp.uint32(0), jnp.float32(2e-3)))()
     step = jax.jit(QAT.step(program.model, setting.steps), donate_argnums=0)
-    made["qat"] = (step.lower(state, tokens).compile(), state)
+    made["qat", 0] = (step.lower(state, tokens).compile(), state)
     return made
 
 
@@ -47,12 +50,13 @@ def main() -> None:
     parser.add_argument("--remat", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rules", nargs="+", default=["latent10", "latent6", "latent4", "latent18", "integral"])
+    parser.add_argument("--layers-at-once", nargs="+", type=int, default=[1])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     setting = Setting(args.preset, 1000, args.batch, args.context, dtype=args.dtype, remat=bool(args.remat))
-    made = arms(setting, args.rules)
+    made = arms(setting, args.rules, args.layers_at_once)
     rng = np.random.default_rng(0)
-    seconds: dict[str, list[float]] = {name: [] for name in made}
+    seconds: dict[tuple[str, int], list[float]] = {name: [] for name in made}
     states = {name: state for name, (_, state) in made.items()}
     for index in range(args.steps + 3):
         tokens = rng.integers(0, 256, (1, setting.batch, setting.context + 1)).astype(np.uint8)
@@ -67,9 +71,10 @@ def main() -> None:
         state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states[name]))
         rows.append(
             {
-                "rule": name,
+                "rule": name[0],
+                "layers_at_once": name[1],
                 "seconds": float(np.median(seconds[name])),
-                "ratio_to_qat": float(np.median(seconds[name]) / np.median(seconds["qat"])),
+                "ratio_to_qat": float(np.median(seconds[name]) / np.median(seconds["qat", 0])),
                 "state_bytes": state,
                 "temporary_bytes": memory.temp_size_in_bytes,
                 **{key: getattr(args, key) for key in ("preset", "batch", "context", "dtype", "remat")},
@@ -77,12 +82,13 @@ def main() -> None:
             }
         )
     table = Table(title=f"{args.preset}, batch {args.batch} x {args.context}, remat {args.remat}", title_justify="left")
-    for name in ("rule", "ms/step", "time against QAT", "state MB", "temporaries MB", "sum MB"):
+    for name in ("rule", "layers at once", "ms/step", "time against QAT", "state MB", "temporaries MB", "sum MB"):
         table.add_column(name, justify="left" if name == "rule" else "right")
     for row in rows:
         total = row["state_bytes"] + row["temporary_bytes"]
         table.add_row(
             row["rule"],
+            str(row["layers_at_once"] or ""),
             f"{row['seconds'] * 1e3:.2f}",
             f"{row['ratio_to_qat']:.2f}x",
             f"{row['state_bytes'] / 1e6:.1f}",
