@@ -3,10 +3,10 @@
 import jax
 
 from arbs_kernels.correlation_score import reference
-from arbs_kernels.selection import select
+from arbs_kernels.selection import Implementation, select
 from arbs_kernels.shapes import check_activations, check_trits
 
-SCORE = {"xla": reference.score}
+SCORE = {"xla": Implementation(reference.score)}
 
 
 def correlation_score(

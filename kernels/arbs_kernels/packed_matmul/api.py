@@ -3,11 +3,11 @@
 import jax
 
 from arbs_kernels.packed_matmul import reference
-from arbs_kernels.selection import select
+from arbs_kernels.selection import Implementation, select
 from arbs_kernels.shapes import check_activations, check_matrix
 
-FORWARD = {"xla": reference.forward}
-INPUT_GRADIENT = {"xla": reference.input_gradient}
+FORWARD = {"xla": Implementation(reference.forward)}
+INPUT_GRADIENT = {"xla": Implementation(reference.input_gradient)}
 
 
 def packed_matmul(

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from arbs_kernels.row_gather import reference
-from arbs_kernels.selection import select
+from arbs_kernels.selection import Implementation, select
 from arbs_kernels.shapes import check_matrix
 
-GATHER = {"xla": reference.gather}
+GATHER = {"xla": Implementation(reference.gather)}
 
 
 def packed_row_gather(

@@ -1,0 +1,77 @@
+"""What this machine can run: the device that computations go to by default, and what each backend needs of it.
+
+"mosaic_gpu" kernels are Pallas kernels for NVIDIA Hopper and later; inside `interpreted()` they run anywhere, slowly,
+for tests. "triton" kernels go through jax-triton, for NVIDIA Ampere and later.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import jax
+
+_INTERPRETED: ContextVar[bool] = ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Mosaic kernels traced within are simulated, on whatever device there is: for tests on a CPU."""
+    token = _INTERPRETED.set(True)
+    try:
+        yield
+    finally:
+        _INTERPRETED.reset(token)
+
+
+def is_interpreted() -> bool:
+    """Whether Mosaic kernels are being simulated."""
+    return _INTERPRETED.get()
+
+
+def device_kind() -> str:
+    """Name of the default device as its maker gives it, such as "NVIDIA H200" or "cpu"."""
+    return _device().device_kind
+
+
+def compute_capability() -> float:
+    """Of the default device, such as 9.0; 0.0 where it is no NVIDIA GPU."""
+    device = _device()
+    if device.platform != "gpu":
+        return 0.0
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, ValueError):  # other makers' GPUs have names there, or nothing
+        return 0.0
+
+
+def nothing_missing() -> None:
+    """Runs everywhere."""
+
+
+def mosaic_gpu_missing() -> str | None:
+    """What this machine lacks for Mosaic kernels, or None."""
+    if is_interpreted() or compute_capability() >= 9.0:
+        return None
+    return f"an NVIDIA GPU of compute capability 9.0 or later (Hopper), and this is {_described()}"
+
+
+def triton_missing() -> str | None:
+    """What this machine lacks for Triton kernels, or None."""
+    if compute_capability() < 8.0:
+        return f"an NVIDIA GPU of compute capability 8.0 or later (Ampere), and this is {_described()}"
+    if importlib.util.find_spec("jax_triton") is None:
+        return "jax-triton, which is not installed (pip install 'arbs-jax[triton]')"
+    return None
+
+
+def _device() -> jax.Device:
+    chosen = jax.config.jax_default_device
+    if isinstance(chosen, jax.Device):
+        return chosen
+    return jax.local_devices(backend=chosen)[0]
+
+
+def _described() -> str:
+    capability = compute_capability()
+    return f"{device_kind()!r}" + (f" of {capability}" if capability else "")
