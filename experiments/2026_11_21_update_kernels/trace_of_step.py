@@ -124,8 +124,7 @@ def trace(step: Any, state: Any, setting: Setting) -> tuple[collections.Counter[
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
             for line in plane.lines if "GPU" in plane.name else ():
                 for event in line.events if "Stream" in line.name else ():
-                    stats = dict(event.stats)
-                    name = re.sub(r"\W", "_", str(stats.get("hlo_op", event.name)))
+                    name = re.sub(r"\W", "_", event.name)
                     times[name] += event.duration_ns
                     launches[name] += 1
                     first, last = min(first, event.start_ns), max(last, event.start_ns + event.duration_ns)
@@ -163,7 +162,7 @@ def main() -> None:
             )
             for spent, count, source in rows[:-24:-1]:
                 table.add_row("", source, f"{spent / 1e6:.3f}", f"{count:.0f}")
-        Console(width=130).print(table)
+        Console(width=110).print(table)
 
 
 if __name__ == "__main__":
