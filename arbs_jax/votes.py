@@ -33,13 +33,16 @@ def _unwrap(node: Any) -> Any:
     return {name: _unwrap(child) for name, child in node.items()}
 
 
-def make_probes(ternary: Tree, specs: Tree, rule: Rule) -> Any:
-    """Zero probes for the collection "probes", nested like `ternary`; stacked matrices get stacked probes."""
+def make_probes(ternary: Tree, specs: Tree, rule: Rule, dtype: jnp.dtype = jnp.float32) -> Any:
+    """Zero probes for the collection "probes", nested like `ternary`; stacked matrices get stacked probes.
+
+    `dtype` is that of the gradients that rules sample.
+    """
     by_path = flatten_specs(specs)
 
     def probe(path: str, matrix: Any) -> dict[str, jax.Array]:
         spec = by_path[path]
-        single = make_probe(rule.probe, spec.out_features, spec.in_features, spec.group_size)
+        single = make_probe(rule.probe, spec.out_features, spec.in_features, spec.group_size, dtype)
         stack = matrix["votes"].shape
         return jax.tree.map(lambda leaf: jnp.zeros(stack + leaf.shape, leaf.dtype), single)
 

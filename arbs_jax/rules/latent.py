@@ -109,7 +109,7 @@ class Latent:
     def vote(self, collected: Votes, matrix: Matrix, spec: MatrixSpec, key: jax.Array) -> Votes:
         """The gradient as integers, all int32: `sample` (N, K) in 1/31 RMS, `rows` (N,) and `columns` (K,) log2 moments
         in 1/16, `score` (N, R) in 1/256 RMS, `count` (). An all-zero or non-finite gradient is no vote at all."""
-        g = collected["gradient"]
+        g = collected["gradient"].astype(jnp.float32)
         squares = jnp.square(g)
         rows, columns = jnp.mean(squares, axis=1), jnp.mean(squares, axis=0)
         usable = (jnp.mean(rows) > 0) & jnp.isfinite(jnp.mean(rows))

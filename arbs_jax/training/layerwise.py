@@ -36,6 +36,8 @@ class Sweep:
     layers_at_once: int = 1
     """Layers of a stack that move together, once the votes of all of them are known: fewer, larger operations, for
     that many layers' temporaries."""
+    dtype: str = "float32"
+    """Of the gradients that rules sample: that of the activations wastes nothing, sums are float32 all the same."""
     axis_name: str | None = None
     """Mapped axis over which votes are summed and the loss averaged, under `shard_map` or `pmap`."""
 
@@ -214,7 +216,9 @@ class Sweep:
     def _vjp(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any]:
         """(the stage's carry, its pullback without the state): backward finds the state where it is, so that no copy of
         it waits beside the activations."""
-        probes = {name: make_probes(subtrees[name], self.specs[name], self.rule) for name in stage.keys}
+        probes = {
+            name: make_probes(subtrees[name], self.specs[name], self.rule, jnp.dtype(self.dtype)) for name in stage.keys
+        }
 
         def run(subtrees: Subtrees, probes: Any, carry: Carry) -> Carry:
             return stage.apply({COLLECTION: subtrees, PROBES: probes}, carry, batch)

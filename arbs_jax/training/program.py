@@ -102,6 +102,7 @@ class Program:
             self.specs,
             remat=config.model.remat,
             layers_at_once=config.train.layers_at_once,
+            dtype=config.model.dtype,
         )
 
     def compile_step(self) -> Any:

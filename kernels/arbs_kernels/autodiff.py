@@ -1,10 +1,11 @@
 """The operators joined for differentiation: input gradients as usual, votes as the cotangent of a probe.
 
-A *probe* is a dict of float32 zeros that only exists to be differentiated: `jax.grad` with respect to it returns the
+A *probe* is a dict of float zeros that only exists to be differentiated: `jax.grad` with respect to it returns the
 integer vote of this backward contribution (as float32, exact below 2^24). Its keys choose what is collected:
 
 - `"score"`, shape (N, R): the correlation score;
-- `"gradient"`, shape (N, K): dL/dW itself, for rules that sample it; it should not outlive the layer;
+- `"gradient"`, shape (N, K): dL/dW itself, in the probe's dtype, for rules that sample it; it should not outlive the
+  layer;
 - `"count"`, shape (): 1 for every use of the matrix, so that repeated use counts its votes.
 
 Only the activations and the integer leaves are saved for backward; the scale and the weight are made again there.
@@ -13,7 +14,7 @@ Only the activations and the integer leaves are saved for backward; the scale an
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +50,10 @@ class MatmulSpec:
     """Implementation of the operators, None for the best that works."""
 
 
-def make_probe(kind: str, out_features: int, in_features: int, group_size: int) -> dict[str, jax.Array]:
-    """Zeros whose cotangent is the vote: `kind` is "score" or "gradient".
+def make_probe(
+    kind: str, out_features: int, in_features: int, group_size: int, dtype: jnp.dtype = jnp.float32
+) -> dict[str, jax.Array]:
+    """Zeros whose cotangent is the vote: `kind` is "score" or "gradient"; `dtype` is that of the gradient.
 
     Raises:
         ValueError: another kind.
@@ -61,7 +64,10 @@ def make_probe(kind: str, out_features: int, in_features: int, group_size: int) 
     }
     if kind not in shapes:
         raise ValueError(f"a probe is of kind 'score' or 'gradient', got {kind!r}")
-    return {kind: jnp.zeros(shapes[kind], jnp.float32), "count": jnp.zeros((), jnp.float32)}
+    return {
+        kind: jnp.zeros(shapes[kind], dtype if kind == "gradient" else jnp.float32),
+        "count": jnp.zeros((), jnp.float32),
+    }
 
 
 def ternary_matmul(x: jax.Array, leaves: Leaves, spec: MatmulSpec, probe: Probe | None = None) -> jax.Array:
@@ -92,23 +98,34 @@ def ternary_gather(
     return _gather(spec, jnp.dtype(dtype), ids, dict(leaves), None if probe is None else dict(probe))
 
 
-def _names(probe: Probe | None) -> dict[str, tuple[()]] | None:
-    """What backward needs of a probe: its keys. Its zeros are not saved, they may have the weight's shape."""
-    return None if probe is None else dict.fromkeys(probe, ())
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Kinds:
+    """What backward needs of a probe: its keys and dtypes. Its zeros, which may have the weight's shape, are not saved."""
+
+    dtypes: tuple[tuple[str, jnp.dtype], ...]
+
+
+def _kinds(probe: Probe | None) -> _Kinds | None:
+    return None if probe is None else _Kinds(tuple((name, leaf.dtype) for name, leaf in probe.items()))
 
 
 def _votes(
-    probe: Mapping[str, Any] | None, dy: jax.Array, dw: Callable[[], jax.Array], score: Callable[[], jax.Array]
+    kinds: _Kinds | None,
+    dy: jax.Array,
+    dw: Callable[[jnp.dtype], jax.Array],
+    score: Callable[[], jax.Array],
 ) -> dict | None:
-    if probe is None:
+    if kinds is None:
         return None
     # Always 1, but made from `dy`: what does not depend on mapped values `vmap` would not sum over its uses.
     collected = {"count": jnp.where(jnp.any(jnp.isnan(dy)), jnp.float32(1), jnp.float32(1))}
-    if "score" in probe:
-        collected["score"] = score().astype(jnp.float32)
-    if "gradient" in probe:
-        collected["gradient"] = dw()
-    return {key: collected[key] for key in probe}
+    dtypes = dict(kinds.dtypes)
+    if "score" in dtypes:
+        collected["score"] = score().astype(dtypes["score"])
+    if "gradient" in dtypes:
+        collected["gradient"] = dw(dtypes["gradient"])
+    return {name: collected[name] for name in dtypes}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -123,11 +140,11 @@ def _matmul(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None) ->
 
 
 def _matmul_forward(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None):
-    return _matmul(spec, x, leaves, probe), (x, leaves, _names(probe))
+    return _matmul(spec, x, leaves, probe), (x, leaves, _kinds(probe))
 
 
 def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
-    x, leaves, probe = saved
+    x, leaves, kinds = saved
     dy = dy.astype(x.dtype)
     dx = packed_matmul_input_gradient(
         dy,
@@ -138,9 +155,9 @@ def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
         implementation=spec.implementation,
     )
     votes = _votes(
-        probe,
+        kinds,
         dy,
-        dw=lambda: weight_gradient(x, dy),
+        dw=lambda dtype: weight_gradient(x, dy, dtype),
         score=lambda: correlation_score(
             x, dy, leaves["trits"], group_size=spec.group_size, implementation=spec.implementation
         ),
@@ -165,18 +182,21 @@ def _gather(spec: MatmulSpec, dtype: jnp.dtype, ids: jax.Array, leaves: dict, pr
 
 
 def _gather_forward(spec: MatmulSpec, dtype: jnp.dtype, ids: jax.Array, leaves: dict, probe: dict | None):
-    return _gather(spec, dtype, ids, leaves, probe), (ids, leaves, _names(probe))
+    return _gather(spec, dtype, ids, leaves, probe), (ids, leaves, _kinds(probe))
 
 
 def _gather_backward(spec: MatmulSpec, dtype: jnp.dtype, saved, dy: jax.Array):
-    ids, leaves, probe = saved
+    ids, leaves, kinds = saved
 
-    def dw() -> jax.Array:
+    def dw(dtype: jnp.dtype) -> jax.Array:
         rows = dy.reshape(-1, spec.in_features).astype(jnp.float32)
         table = jnp.zeros((leaves["trits"].shape[0], spec.in_features), jnp.float32)
-        return table.at[ids.reshape(-1)].add(rows)
+        return table.at[ids.reshape(-1)].add(rows).astype(dtype)
 
-    votes = _votes(probe, dy, dw=dw, score=lambda: score_of_gradient(dw(), leaves["trits"], group_size=spec.group_size))
+    def score() -> jax.Array:
+        return score_of_gradient(dw(jnp.float32), leaves["trits"], group_size=spec.group_size)
+
+    votes = _votes(kinds, dy, dw=dw, score=score)
     return None, None, votes
 
 

@@ -8,10 +8,10 @@ from arbs_kernels.decode import group_sum
 from arbs_kernels.packed_matmul.reference import precision_of
 
 
-def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """`dW = dy^T x`, `float32 (N, K)`, from `x (M, K)` and `dy (M, N)`."""
+def weight_gradient(x: jax.Array, dy: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """`dW = dy^T x`, `(N, K)` in `dtype`, from `x (M, K)` and `dy (M, N)`; summed in float32."""
     return jax.lax.dot_general(
-        dy, x, (((0,), (0,)), ((), ())), precision=precision_of(x.dtype), preferred_element_type=jnp.float32
+        dy, x, (((0,), (0,)), ((), ())), precision=precision_of(x.dtype), preferred_element_type=dtype
     )
 
 
@@ -23,5 +23,5 @@ def score_of_gradient(dw: jax.Array, trits: jax.Array, *, group_size: int) -> ja
 
 
 def score(x: jax.Array, dy: jax.Array, trits: jax.Array, *, group_size: int) -> jax.Array:
-    """`score_of_gradient(dy^T x)`; see `api.correlation_score`."""
-    return score_of_gradient(weight_gradient(x, dy), trits, group_size=group_size)
+    """`score_of_gradient(dy^T x)`; see `api.correlation_score`. Rounding a sum to bfloat16 keeps its sign."""
+    return score_of_gradient(weight_gradient(x, dy, x.dtype), trits, group_size=group_size)
