@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from arbs_jax.cli import audit, evaluate, sample, train, warmup
+from arbs_jax.cli import audit, bench, evaluate, sample, train, warmup
 from arbs_jax.cli.display import errors
 from arbs_jax.errors import UserError
 
@@ -22,6 +22,7 @@ Command = (
     | Annotated[evaluate.Evaluate, tyro.conf.subcommand("eval")]
     | Annotated[audit.AuditCommand, tyro.conf.subcommand("audit")]
     | Annotated[warmup.Warmup, tyro.conf.subcommand("warmup")]
+    | Annotated[bench.Bench, tyro.conf.subcommand("bench")]
 )
 
 _RUN: dict[type, Callable[[Any], int | None]] = {
@@ -30,6 +31,7 @@ _RUN: dict[type, Callable[[Any], int | None]] = {
     evaluate.Evaluate: evaluate.run,
     audit.AuditCommand: audit.run,
     warmup.Warmup: warmup.run,
+    bench.Bench: bench.run,
 }
 
 

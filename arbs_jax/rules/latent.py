@@ -71,7 +71,7 @@ class Latent:
     schedule: Schedule = Schedule(final=0.0)
     """Multiplier of both rates."""
     dtype: str = "float32"
-    """Of the Newton-Schulz products: "float32" or "bfloat16"."""
+    """Of the sample, the direction and their products: "float32" or "bfloat16"."""
 
     probe = "gradient"
 
@@ -166,8 +166,9 @@ class Latent:
                 "row_moment": _round_log(row_log, salt, 4, step),
                 "column_moment": _round_log(column_log, salt, 5, step),
             }
-        m, kept = self._momentum.advance(dict(matrix), u, self.beta, salt, step)
-        d = self._direction(m, u, spec)
+        u = u.astype(self.dtype)
+        d, kept = self._momentum.advance(dict(matrix), u, self.beta, self.mix, salt, step)
+        d = self._shaped(d, u, spec)
         rate = self.learning_rate * (self.table_rate if spec.table else 1.0)
         rate *= self.schedule.multiplier(step).astype(jnp.float32) * 2.0**-UNIT_BITS
         change = jnp.floor(-rate * planes.spread(self.planes) * d + dither(salt, 6, step, spec.shape))
@@ -176,10 +177,9 @@ class Latent:
         v = jnp.clip(v.astype(jnp.float32) + change, -half, half).astype(jnp.int16)
         return planes.encode(v, self.planes) | kept | moments
 
-    def _direction(self, m: jax.Array, u: jax.Array, spec: MatrixSpec) -> jax.Array:
-        d = m if self.momentum == "none" else (1 - self.mix) * m + self.mix * u
-        if not spec.table:
-            d = newton_schulz(d, jnp.dtype(self.dtype))
+    def _shaped(self, d: jax.Array, u: jax.Array, spec: MatrixSpec) -> jax.Array:
+        """The step float32 (N, K), in units of its RMS, of a direction in the rule's dtype."""
+        d = (d if spec.table else newton_schulz(d)).astype(jnp.float32)
         rms = jnp.sqrt(jnp.mean(jnp.square(d)) + _TINY)
         if self.power != 1:
             d = jnp.sign(d) * rms * (jnp.abs(d) / rms) ** self.power

@@ -1,7 +1,8 @@
 """Momentum in integers: low-rank int8 factors, or one int8 a weight.
 
-Both hold `m <- beta * m + (1 - beta) * u`. The step uses the fresh momentum before it is rounded for storage, so that
-what rounding or truncation loses is missing from the memory of later steps only, never from the step itself.
+Both hold `m <- beta * m + (1 - beta) * u` and give the direction of a step, `(1 - mix) * m + mix * u`. The direction
+uses the fresh momentum before it is rounded for storage, so that what rounding or truncation loses is missing from the
+memory of later steps only, never from the step itself.
 """
 
 from typing import Protocol
@@ -28,9 +29,9 @@ class Momentum(Protocol):
         ...
 
     def advance(
-        self, leaves: Leaves, u: jax.Array, beta: float, salt: jax.Array, step: jax.Array
+        self, leaves: Leaves, u: jax.Array, beta: float, mix: float, salt: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, Leaves]:
-        """(fresh momentum float32 (N, K), leaves to keep) after the sample `u` float32 (N, K)."""
+        """(direction (N, K) in the dtype of `u`, leaves to keep) after the sample `u` (N, K)."""
         ...
 
 
@@ -42,7 +43,7 @@ class NoMomentum:
         return {}
 
     def advance(
-        self, leaves: Leaves, u: jax.Array, beta: float, salt: jax.Array, step: jax.Array
+        self, leaves: Leaves, u: jax.Array, beta: float, mix: float, salt: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, Leaves]:
         """`u`."""
         return u, {}
@@ -56,12 +57,13 @@ class Int8Momentum:
         return {"momentum": jnp.zeros(shape, jnp.int8)}
 
     def advance(
-        self, leaves: Leaves, u: jax.Array, beta: float, salt: jax.Array, step: jax.Array
+        self, leaves: Leaves, u: jax.Array, beta: float, mix: float, salt: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, Leaves]:
         """See `Momentum`."""
         fresh = beta * _INT8_UNIT * leaves["momentum"].astype(jnp.float32) + (1 - beta) * u
         rounded = jnp.floor(fresh / _INT8_UNIT + white(salt, 1, step, u.shape))
-        return fresh, {"momentum": jnp.clip(rounded, -127, 127).astype(jnp.int8)}
+        direction = ((1 - mix) * fresh + mix * u).astype(u.dtype)
+        return direction, {"momentum": jnp.clip(rounded, -127, 127).astype(jnp.int8)}
 
 
 class LowRankMomentum:
@@ -91,24 +93,32 @@ class LowRankMomentum:
         }
 
     def advance(
-        self, leaves: Leaves, u: jax.Array, beta: float, salt: jax.Array, step: jax.Array
+        self, leaves: Leaves, u: jax.Array, beta: float, mix: float, salt: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, Leaves]:
         """See `Momentum`."""
         left = _decode(leaves["left"], leaves["left_scale"])
         right = _decode(leaves["right"], leaves["right_scale"])
-        fresh = beta * (left @ right.T) + (1 - beta) * u
+        # The fresh momentum, beta left right^T + (1 - beta) u, is never formed: only its products are.
         # Only the directions of `right` matter here; unit columns keep the product well scaled.
         directions = right * jax.lax.rsqrt(jnp.sum(jnp.square(right), axis=0) + 1e-30)
-        basis = orthonormal_columns(fresh @ directions)
-        image = fresh.T @ basis
+        basis = orthonormal_columns(beta * (left @ (right.T @ directions)) + (1 - beta) * _product(u, directions))
+        image = beta * (right @ (left.T @ basis)) + (1 - beta) * _product(u.T, basis)
+        low_rank = _product(left, right.T, u.dtype) * ((1 - mix) * beta)
+        direction = (low_rank + ((1 - mix) * (1 - beta) + mix) * u).astype(u.dtype)
         left_code, left_scale = _encode(basis, white(salt, 2, step, basis.shape))
         right_code, right_scale = _encode(image, white(salt, 3, step, image.shape))
-        return fresh, {
+        return direction, {
             "left": left_code,
             "left_scale": left_scale,
             "right": right_code,
             "right_scale": right_scale,
         }
+
+
+def _product(a: jax.Array, b: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """`a b` in `dtype`, multiplied in the shorter dtype of the two."""
+    short = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return jnp.matmul(a.astype(short), b.astype(short), preferred_element_type=dtype)
 
 
 def _encode(x: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:

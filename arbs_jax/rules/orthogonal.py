@@ -3,7 +3,7 @@
 Newton-Schulz iterations with quintic polynomials of the Gram matrix bring all singular values near one. Two things
 keep them few: the starting matrix is divided by the root of its Gram matrix's Frobenius norm, a bound on the largest
 singular value that is tighter than the matrix's own Frobenius norm; and where it matters the coefficients differ from
-step to step. Sums are taken of small square matrices, not of the wide one.
+step to step. Sums and scales are taken of small square matrices, not of the wide one.
 """
 
 import jax
@@ -27,18 +27,13 @@ _EXACT = (
 _TINY = 1e-30
 
 
-def newton_schulz(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def newton_schulz(x: jax.Array) -> jax.Array:
     """A step with singular values near one, scaled to a root-mean-square of about 1.
 
-    Args:
-        x: float32 (N, K).
-        dtype: of the products; bfloat16 is enough on accelerators.
-
-    Returns:
-        float32 (N, K).
+    `x` is `(N, K)` in float32, or in bfloat16, which is enough on accelerators; so are the products and the result.
     """
     tall = x.shape[0] > x.shape[1]
-    y = _iterate(x.T if tall else x, _FAST, dtype).astype(jnp.float32) * max(x.shape) ** 0.5
+    y = _iterate(x.T if tall else x, _FAST) * max(x.shape) ** 0.5
     return y.T if tall else y
 
 
@@ -49,19 +44,23 @@ def orthonormal_columns(x: jax.Array) -> jax.Array:
     nearly dependent come out shorter.
     """
     unit = x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=0) + _TINY)
-    return _iterate(unit.T, _EXACT, jnp.dtype(jnp.float32)).T
+    return _iterate(unit.T, _EXACT).T
 
 
-def _iterate(y: jax.Array, coefficients: tuple[tuple[float, float, float], ...], dtype: jnp.dtype) -> jax.Array:
-    """`y <- (a + b G + c G G) y` with `G = y y^T`, for a wide `y`, in `dtype`."""
-    # Once by the Frobenius norm, so that the Gram matrix neither overflows nor vanishes.
-    y = (y * jax.lax.rsqrt(jnp.sum(jnp.square(y)) + _TINY)).astype(dtype)
-    identity = jnp.eye(y.shape[0], dtype=dtype)
+def _iterate(y: jax.Array, coefficients: tuple[tuple[float, float, float], ...]) -> jax.Array:
+    """`y <- (a + b G + c G G) y` with `G = y y^T`, for a wide `y`, in its dtype; singular values first go below one."""
+    identity = jnp.eye(y.shape[0], dtype=jnp.float32)
     for index, (a, b, c) in enumerate(coefficients):
-        gram = y @ y.T
+        gram = jnp.matmul(y, y.T, preferred_element_type=jnp.float32)
+        root = jnp.float32(1)
         if index == 0:
-            bound = jax.lax.rsqrt(jnp.sum(jnp.square(gram.astype(jnp.float32))) + _TINY)
-            gram, y = gram * bound.astype(dtype), y * jnp.sqrt(bound).astype(dtype)
-        polynomial = a * identity + b * gram
-        y = (polynomial + c * (gram @ gram) if c else polynomial) @ y
+            # By the trace first, so that squares neither overflow nor vanish. The wide matrix itself is never rescaled.
+            trace = jnp.trace(gram) + _TINY
+            # (At least 1 over the number of rows, but for a matrix of zeros.)
+            bound = jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(gram / trace)), 1e-6)) / trace
+            gram, root = gram * bound, jnp.sqrt(bound)
+        short = gram.astype(y.dtype)
+        square = jnp.matmul(short, short, preferred_element_type=jnp.float32) if c else 0.0
+        polynomial = root * (a * identity + b * gram + c * square)
+        y = polynomial.astype(y.dtype) @ y
     return y

@@ -101,7 +101,7 @@ def ternary_gather(
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Kinds:
-    """What backward needs of a probe: its keys and dtypes. Its zeros, which may have the weight's shape, are not saved."""
+    """What backward needs of a probe: keys and dtypes. Its zeros are not saved, they may have the weight's shape."""
 
     dtypes: tuple[tuple[str, jnp.dtype], ...]
 

@@ -178,7 +178,7 @@ def test_the_table_rate_multiplies_the_step():
 
 def test_tables_are_not_orthogonalised(monkeypatch):
     called = []
-    monkeypatch.setattr(latent, "newton_schulz", lambda d, dtype: called.append(dtype) or d)
+    monkeypatch.setattr(latent, "newton_schulz", lambda d: called.append(d.dtype) or d)
     matrix = fresh(PLAIN)
     votes = vote_on(matrix, gradient())
     PLAIN.update(matrix, votes, TABLE, jnp.int32(0), KEY)

@@ -17,7 +17,7 @@ SHAPE = (48, 80)
 
 
 def advance(momentum, beta=BETA):
-    return jax.jit(lambda leaves, u, step: momentum.advance(leaves, u, beta, SALT, step))
+    return jax.jit(lambda leaves, u, step: momentum.advance(leaves, u, beta, 0.0, SALT, step))
 
 
 def random_u(seed=0, shape=SHAPE):
@@ -27,7 +27,7 @@ def random_u(seed=0, shape=SHAPE):
 def test_no_momentum_is_the_sample_and_keeps_nothing():
     u = random_u()
     assert NoMomentum().init(jax.random.key(0), SHAPE) == {}
-    m, kept = NoMomentum().advance({}, u, BETA, SALT, jnp.int32(0))
+    m, kept = NoMomentum().advance({}, u, BETA, 0.0, SALT, jnp.int32(0))
     np.testing.assert_array_equal(m, u)
     assert kept == {}
 
@@ -54,7 +54,7 @@ def test_int8_rounds_without_bias():
     @jax.jit
     def mean(leaves):
         def one(total, step):
-            return total + Int8Momentum().advance(leaves, u, BETA, SALT, step)[1]["momentum"], None
+            return total + Int8Momentum().advance(leaves, u, BETA, 0.0, SALT, step)[1]["momentum"], None
 
         zero = jnp.zeros(SHAPE, jnp.int32)
         return jax.lax.scan(one, zero, jnp.arange(steps, dtype=jnp.int32))[0] / steps
