@@ -50,17 +50,18 @@ def orthonormal_columns(x: jax.Array) -> jax.Array:
 def _iterate(y: jax.Array, coefficients: tuple[tuple[float, float, float], ...]) -> jax.Array:
     """`y <- (a + b G + c G G) y` with `G = y y^T`, for a wide `y`, in its dtype; singular values first go below one."""
     identity = jnp.eye(y.shape[0], dtype=jnp.float32)
+    bound = jnp.float32(1)
     for index, (a, b, c) in enumerate(coefficients):
-        gram = jnp.matmul(y, y.T, preferred_element_type=jnp.float32)
-        root = jnp.float32(1)
+        gram = y @ y.T
         if index == 0:
             # By the trace first, so that squares neither overflow nor vanish. The wide matrix itself is never rescaled.
-            trace = jnp.trace(gram) + _TINY
+            trace = jnp.trace(gram.astype(jnp.float32)) + _TINY
             # (At least 1 over the number of rows, but for a matrix of zeros.)
-            bound = jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(gram / trace)), 1e-6)) / trace
-            gram, root = gram * bound, jnp.sqrt(bound)
-        short = gram.astype(y.dtype)
-        square = jnp.matmul(short, short, preferred_element_type=jnp.float32) if c else 0.0
-        polynomial = root * (a * identity + b * gram + c * square)
-        y = polynomial.astype(y.dtype) @ y
+            norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(gram.astype(jnp.float32) / trace)), 1e-6))
+            bound = 1 / (norm * trace)
+        polynomial = a * identity + b * (bound * gram)
+        if c:
+            polynomial += c * (bound * (bound * (gram @ gram)))
+        y = (jnp.sqrt(bound) * polynomial).astype(y.dtype) @ y
+        bound = jnp.float32(1)
     return y
