@@ -1,6 +1,6 @@
 """Rules that move the trits: integer latents, integer momentum, integer second moments.
 
-One step of one matrix, with `v` the latent (`arbs_jax.rules.planes`), `g` the gradient of a vote:
+One step of one matrix, with `v` the latent (`arbs_kernels.latents`), `g` the gradient of a vote:
 
     u      = g / RMS, by stored row and column moments (Adafactor's factored form), clipped to [-4, 4]
     m      = beta m + (1 - beta) u                  integer momentum (`arbs_jax.rules.momentum`)
@@ -24,12 +24,14 @@ from arbs_jax.errors import ConfigError
 from arbs_jax.rules import planes
 from arbs_jax.rules.base import Report, Votes, base_report, exp2_scale
 from arbs_jax.rules.momentum import Int8Momentum, LowRankMomentum, Momentum, NoMomentum
-from arbs_jax.rules.noise import dither, salt_of, white
+from arbs_jax.rules.noise import dither_seed, salt_of, white
 from arbs_jax.rules.orthogonal import newton_schulz
 from arbs_jax.rules.schedule import UNIT_BITS, Schedule
 from arbs_jax.state import Matrix, MatrixSpec
+from arbs_kernels import latents
 from arbs_kernels.codec import unpack_rows
 from arbs_kernels.decode import group_sum
+from arbs_kernels.latent_step import latent_step
 
 _FRACTION_BITS = 24
 _CLIP = 4.0
@@ -74,6 +76,9 @@ class Latent:
     """Of the sample, the direction and their products: "float32" or "bfloat16"."""
 
     probe = "gradient"
+
+    implementation: str | None = None
+    """Of the operator that moves the latents, None for the best that works."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.planes <= 5:
@@ -146,8 +151,8 @@ class Latent:
 
     def report(self, before: Matrix, after: Matrix, spec: MatrixSpec) -> Report:
         """See `base_report`; `saturated` counts latents at either end of their range."""
-        v = planes.decode(after["trits"], after.get("residual"), spec.in_features)
-        ends = jnp.sum(jnp.abs(v) == planes.half_range(self.planes), dtype=jnp.float32)
+        v = latents.decode(after["trits"], after.get("residual"), spec.in_features)
+        ends = jnp.sum(jnp.abs(v) == latents.half_range(self.planes), dtype=jnp.float32)
         return base_report(self, before, after, spec) | {"saturated": ends}
 
     def _moved(self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, salt: jax.Array) -> Matrix:
@@ -168,24 +173,25 @@ class Latent:
             }
         u = u.astype(self.dtype)
         d, kept = self._momentum.advance(dict(matrix), u, self.beta, self.mix, salt, step)
-        d = self._shaped(d, u, spec)
+        d = d if spec.table else newton_schulz(d)
+        rms = jnp.sqrt(jnp.mean(jnp.square(d.astype(jnp.float32))) + _TINY)
+        if self.cautious:
+            d = jnp.where(d * u > 0, d, 0)
         rate = self.learning_rate * (self.table_rate if spec.table else 1.0)
         rate *= self.schedule.multiplier(step).astype(jnp.float32) * 2.0**-UNIT_BITS
-        change = jnp.floor(-rate * planes.spread(self.planes) * d + dither(salt, 6, step, spec.shape))
-        v = planes.decode(matrix["trits"], matrix.get("residual"), spec.in_features)
-        half = planes.half_range(self.planes)
-        v = jnp.clip(v.astype(jnp.float32) + change, -half, half).astype(jnp.int16)
-        return planes.encode(v, self.planes) | kept | moments
-
-    def _shaped(self, d: jax.Array, u: jax.Array, spec: MatrixSpec) -> jax.Array:
-        """The step float32 (N, K), in units of its RMS, of a direction in the rule's dtype."""
-        d = (d if spec.table else newton_schulz(d)).astype(jnp.float32)
-        rms = jnp.sqrt(jnp.mean(jnp.square(d)) + _TINY)
-        if self.power != 1:
-            d = jnp.sign(d) * rms * (jnp.abs(d) / rms) ** self.power
-        if self.cautious:
-            d = jnp.where(d * u > 0, d, 0.0)
-        return jnp.clip(d, -_CLIP, _CLIP)
+        none = jnp.zeros((0, *matrix["trits"].shape), jnp.uint8)
+        trits, residual = latent_step(
+            d,
+            matrix["trits"],
+            matrix.get("residual", none),
+            rms,
+            rate * planes.spread(self.planes),
+            *dither_seed(salt, 6, step),
+            power=self.power,
+            implementation=self.implementation,
+        )
+        moved = {"trits": trits, "residual": residual} if self.planes > 1 else {"trits": trits}
+        return moved | kept | moments
 
     def _blend(self, stored: jax.Array, now: jax.Array, first: jax.Array) -> jax.Array:
         """Log2 (in 1/16) of the running mean of second moments whose logs are given."""

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import define_prng_impl
 
-_GOLDEN = np.uint32(2654435769)
-"""2^32 divided by the golden ratio: the increment of the Weyl sequence with the smallest discrepancy."""
+from arbs_kernels.noise import GOLDEN, mix, positions, unit
 
 
 def run_key(seed: jax.Array | int) -> jax.Array:
@@ -29,8 +28,8 @@ def salt_of(key: jax.Array) -> jax.Array:
 
 def white(salt: jax.Array, stream: int, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform float32 in [0, 1) of `shape` (N, K), independent from step to step and from stream to stream."""
-    at = _mix(_of_stream(salt, stream) ^ _mix(jnp.asarray(step).astype(jnp.uint32)))
-    return _unit(_positions(at, shape))
+    at = mix(_of_stream(salt, stream) ^ mix(jnp.asarray(step).astype(jnp.uint32)))
+    return unit(positions(at, shape))
 
 
 def dither(salt: jax.Array, stream: int, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -39,41 +38,29 @@ def dither(salt: jax.Array, stream: int, step: jax.Array, shape: tuple[int, ...]
     As rounding noise it is unbiased like white noise, but its errors cancel within a few steps where independent draws
     add up: a weight that is pushed by 0.1 a step moves every tenth step, not at random.
     """
-    phase = _positions(_mix(_of_stream(salt, stream)), shape)
-    return _unit(phase + jnp.asarray(step).astype(jnp.uint32) * _GOLDEN)
+    start, offset = dither_seed(salt, stream, step)
+    return unit(positions(start, shape) + offset)
+
+
+def dither_seed(salt: jax.Array, stream: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(seed of the starts, what the step adds to them), uint32 () each: what an operator needs to dither by itself."""
+    return mix(_of_stream(salt, stream)), jnp.asarray(step).astype(jnp.uint32) * GOLDEN
 
 
 def _of_stream(salt: jax.Array, stream: int) -> jax.Array:
-    return salt + np.uint32(stream * int(_GOLDEN) % 2**32)
-
-
-def _positions(salt: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    rows = jax.lax.broadcasted_iota(jnp.uint32, (shape[0], 1), 0)
-    columns = jax.lax.broadcasted_iota(jnp.uint32, (1, shape[1]), 1)
-    return _mix(_mix(rows ^ salt) + columns * np.uint32(0x9E3779B1))
-
-
-def _mix(bits: jax.Array) -> jax.Array:
-    """A 32-bit integer finaliser with low bias (xor-shift-multiply, two rounds)."""
-    bits = (bits ^ (bits >> 16)) * np.uint32(0x7FEB352D)
-    bits = (bits ^ (bits >> 15)) * np.uint32(0x846CA68B)
-    return bits ^ (bits >> 16)
-
-
-def _unit(bits: jax.Array) -> jax.Array:
-    return (bits >> 8).astype(jnp.float32) * np.float32(2.0**-24)
+    return salt + np.uint32(stream * int(GOLDEN) % 2**32)
 
 
 def _fold(key: jax.Array, data: Any) -> jax.Array:
-    return _mix(_mix(key ^ np.uint32(0x85EBCA6B)) + jnp.asarray(data).astype(jnp.uint32) * _GOLDEN)
+    return mix(mix(key ^ np.uint32(0x85EBCA6B)) + jnp.asarray(data).astype(jnp.uint32) * GOLDEN)
 
 
 def _random_bits(key: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
     """Unsigned integers of 8, 16 or 32 bits, or 64 in two halves."""
     counter = jax.lax.iota(jnp.uint32, int(np.prod(shape))).reshape(shape)
-    bits = _mix(_mix(counter ^ key[0]) + np.uint32(0xC2B2AE35))
+    bits = mix(mix(counter ^ key[0]) + np.uint32(0xC2B2AE35))
     if width == 64:
-        other = _mix(bits ^ np.uint32(0x27D4EB2F))
+        other = mix(bits ^ np.uint32(0x27D4EB2F))
         return (bits.astype(jnp.uint64) << 32) | other.astype(jnp.uint64)
     return (bits >> np.uint32(32 - width)).astype(f"uint{width}")
 
@@ -84,7 +71,7 @@ def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 _IMPLEMENTATION = define_prng_impl(
     key_shape=(1,),
-    seed=lambda seed: _mix(jnp.asarray(seed).astype(jnp.uint32)).reshape(1),
+    seed=lambda seed: mix(jnp.asarray(seed).astype(jnp.uint32)).reshape(1),
     split=_split,
     random_bits=_random_bits,
     fold_in=_fold,

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import jax
+from typing import Any
 
 from arbs_kernels.backends import nothing_missing
 
@@ -16,7 +15,7 @@ class UnsupportedError(ValueError):
 class Implementation:
     """One way to run an operator."""
 
-    run: Callable[..., jax.Array]
+    run: Callable[..., Any]
     """The operator, with the signature of its reference."""
     missing: Callable[[], str | None] = nothing_missing
     """What this machine lacks to run it, as a phrase that follows "needs"; None where it runs."""
@@ -27,7 +26,7 @@ def select(
     implementations: Mapping[str, Implementation],
     implementation: str | None,
     preferred: Sequence[str] = (),
-) -> Callable[..., jax.Array]:
+) -> Callable[..., Any]:
     """The function behind `implementation`; for None that of the first of `preferred` that runs here, or "xla".
 
     Raises:

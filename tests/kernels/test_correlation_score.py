@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support import ROUNDOFF, activations, random_matrix, score_by_hand
 
+from arbs_kernels import backends
 from arbs_kernels.cases import SMALL_CASES
 from arbs_kernels.correlation_score import correlation_score, score_of_gradient, weight_gradient
 from arbs_kernels.selection import UnsupportedError
@@ -80,6 +81,11 @@ class CorrelationScore:
 
 class TestXla(CorrelationScore):
     implementation = "xla"
+
+
+@pytest.mark.skipif(backends.triton_missing() is not None, reason=f"needs {backends.triton_missing()}")
+class TestTriton(CorrelationScore):
+    implementation = "triton"
 
 
 def test_weight_gradient_is_the_float32_product():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support import activations, product_bound, random_matrix
 
+from arbs_kernels import backends
 from arbs_kernels.cases import SMALL_CASES
 from arbs_kernels.packed_matmul import packed_matmul, packed_matmul_input_gradient
 from arbs_kernels.selection import UnsupportedError
@@ -85,6 +86,11 @@ class PackedMatmul:
 
 class TestXla(PackedMatmul):
     implementation = "xla"
+
+
+@pytest.mark.skipif(backends.triton_missing() is not None, reason=f"needs {backends.triton_missing()}")
+class TestTriton(PackedMatmul):
+    implementation = "triton"
 
 
 def arguments(**changes):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support import random_matrix, values_of
 
+from arbs_kernels import backends
 from arbs_kernels.cases import SMALL_CASES
 from arbs_kernels.row_gather import packed_row_gather
 from arbs_kernels.selection import UnsupportedError
@@ -63,6 +64,11 @@ class RowGather:
 
 class TestXla(RowGather):
     implementation = "xla"
+
+
+@pytest.mark.skipif(backends.triton_missing() is not None, reason=f"needs {backends.triton_missing()}")
+class TestTriton(RowGather):
+    implementation = "triton"
 
 
 def refused(**changes):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arbs_jax.rules import Latent, Schedule, planes
+from arbs_jax.rules import Latent, Schedule
 from arbs_jax.rules.registry import LATENT_RULES
 from arbs_jax.state import MatrixSpec, init_matrix
 from arbs_kernels.codec import unpack_rows
+from arbs_kernels.latents import decode
 
 KEY = jax.random.key(0)
 CONSTANT = Schedule(steps=1, warmup=0, final=1.0)
@@ -61,7 +62,7 @@ def vote_on(matrix, g, seed=0, spec=SPEC):
 
 def latents(rule, matrix, spec=SPEC) -> np.ndarray:
     """The latents that the planes hold."""
-    return np.asarray(planes.decode(matrix["trits"], matrix.get("residual"), spec.in_features)).astype(int)
+    return np.asarray(decode(matrix["trits"], matrix.get("residual"), spec.in_features)).astype(int)
 
 
 def trits(matrix) -> np.ndarray:

@@ -32,6 +32,7 @@ from arbs_jax.rules.base import base_report, shares
 from arbs_jax.rules.registry import LATENT_RULES
 from arbs_jax.state import validate_matrix
 from arbs_kernels.codec import padding_is_zero, valid_codes
+from arbs_kernels.latents import half_range, zero_half_range
 
 SILENT = Schedule(steps=1, warmup=0, final=0.0)
 """Multiplier 0 from step 1 on."""
@@ -103,11 +104,11 @@ def test_latents_stay_in_range_and_trits_are_their_leading_digits(name, spec):
     matrix, g = fresh(rule, spec), gradient(spec=spec)
     for step in range(12):
         matrix = updater(rule, spec)(matrix, vote_on(matrix, g, step, spec), jnp.int32(step))
-    half = planes.half_range(rule.planes)
+    half = half_range(rule.planes)
     v = latents(rule, matrix, spec)
     assert np.abs(v).max() == half
     assert (np.abs(v) == half).mean() > 0.2
-    np.testing.assert_array_equal(trits(matrix), np.sign(v) * (np.abs(v) > planes.zero_half_range(rule.planes)))
+    np.testing.assert_array_equal(trits(matrix), np.sign(v) * (np.abs(v) > zero_half_range(rule.planes)))
     validate_matrix("m", matrix, spec)
     for plane in matrix["residual"]:
         assert valid_codes(np.asarray(plane)).all()
@@ -121,7 +122,7 @@ def moves(rule, matrix, votes, spec=SPEC, step=0) -> np.ndarray:
         latents(rule, matrix, spec),
         latents(rule, updater(rule, spec)(matrix, votes, jnp.int32(step)), spec),
     )
-    return np.ma.masked_array(after - before, np.abs(after) == planes.half_range(rule.planes))
+    return np.ma.masked_array(after - before, np.abs(after) == half_range(rule.planes))
 
 
 def test_a_step_of_the_sample_alone_never_goes_with_the_gradient():
@@ -244,7 +245,7 @@ def test_the_report_counts(name):
     assert int(report["groups"]) == 48 * 3
     assert int(report["flips"]) == (trits(before) != trits(after)).sum() > 0
     assert int(report["zeros"]) == (trits(after) == 0).sum() > 0
-    assert int(report["saturated"]) == (np.abs(v) == planes.half_range(rule.planes)).sum() > 0
+    assert int(report["saturated"]) == (np.abs(v) == half_range(rule.planes)).sum() > 0
     np.testing.assert_allclose(report["drift"], np.abs(shift).sum(), rtol=1e-4)
     watched = shares(jax.tree.map(lambda one: one + one, report))
     expected = {"flip_rate": "flips", "zero_share": "zeros", "saturation": "saturated"}

@@ -12,6 +12,7 @@ from support import is_float, values_of
 from arbs_jax import state as state_module
 from arbs_jax.rules import Latent, planes
 from arbs_jax.state import MatrixSpec, init_matrix
+from arbs_kernels import latents
 from arbs_kernels.codec import padding_is_zero, unpack_rows, valid_codes
 
 EVERY = range(1, 6)
@@ -40,13 +41,13 @@ def all_latents(count: int, columns: int) -> np.ndarray:
 @pytest.mark.parametrize("count", EVERY)
 def test_every_latent_survives_and_its_digits_are_the_leaves(count, columns):
     v = all_latents(count, columns)
-    leaves = planes.encode(jnp.asarray(v, jnp.int16), count)
+    leaves = latents.encode(jnp.asarray(v, jnp.int16), count)
     packed = -(-columns // 5)
     assert {name: (leaf.dtype, leaf.shape) for name, leaf in leaves.items()} == {
         "trits": (jnp.uint8, (v.shape[0], packed)),
         **({"residual": (jnp.uint8, (count - 1, v.shape[0], packed))} if count > 1 else {}),
     }
-    back = planes.decode(leaves["trits"], leaves.get("residual"), columns)
+    back = latents.decode(leaves["trits"], leaves.get("residual"), columns)
     np.testing.assert_array_equal(np.asarray(back), v.astype(np.int16), strict=True)
     lower = list(leaves["residual"]) if count > 1 else []
     for plane, digit in zip([leaves["trits"], *lower], digits_of(v, count), strict=True):
@@ -58,20 +59,20 @@ def test_every_latent_survives_and_its_digits_are_the_leaves(count, columns):
 @pytest.mark.parametrize("count", EVERY)
 def test_the_middle_third_reads_as_zero(count):
     v = all_latents(count, 3**count)[0]
-    trits = np.asarray(planes.leading(jnp.asarray(v, jnp.int16), count))
+    trits = np.asarray(latents.leading(jnp.asarray(v, jnp.int16), count))
     assert trits.dtype == np.int8
     third = 3 ** (count - 1)
     np.testing.assert_array_equal(trits, np.repeat([-1, 0, 1], third))
-    assert planes.half_range(count) == v[-1]
-    assert planes.zero_half_range(count) == (third - 1) // 2
+    assert latents.half_range(count) == v[-1]
+    assert latents.zero_half_range(count) == (third - 1) // 2
 
 
 @pytest.mark.parametrize("count", EVERY)
 def test_fresh_latents_are_a_rounded_clipped_normal(count):
     spec = MatrixSpec(300, 400)
     leaves = planes.init(jax.random.key(3), spec, count)
-    v = np.asarray(planes.decode(leaves["trits"], leaves.get("residual"), 400)).astype(np.int64)
-    half, normal = planes.half_range(count), NormalDist(0, planes.spread(count))
+    v = np.asarray(latents.decode(leaves["trits"], leaves.get("residual"), 400)).astype(np.int64)
+    half, normal = latents.half_range(count), NormalDist(0, planes.spread(count))
     below = [0.0, *(normal.cdf(edge + 0.5) for edge in range(-half, half)), 1.0]
     expected = np.diff(below) * v.size
     found = np.bincount(v.reshape(-1) + half, minlength=2 * half + 1)

@@ -2,11 +2,17 @@
 
 import jax
 
+from arbs_kernels.backends import triton_missing
 from arbs_kernels.correlation_score import reference
 from arbs_kernels.selection import Implementation, select
 from arbs_kernels.shapes import check_activations, check_trits
+from arbs_kernels.triton_launch import lazily
+from arbs_kernels.tuning import tuned
 
-SCORE = {"xla": Implementation(reference.score)}
+SCORE = {
+    "xla": Implementation(reference.score),
+    "triton": Implementation(lazily("arbs_kernels.correlation_score.triton", "score"), triton_missing),
+}
 
 
 def correlation_score(
@@ -19,7 +25,7 @@ def correlation_score(
         dy: cotangent of the outputs `(M, N)`, same dtype as `x`.
         trits: `uint8 (N, ceil(K/5))`.
         group_size: columns that share one scale.
-        implementation: "xla", or None for the best that works here.
+        implementation: "xla", "triton", or None for the best that works here.
 
     Returns:
         `int32 (N, ceil(K/group_size))`, each in `[-group_size, group_size]`.
@@ -27,7 +33,7 @@ def correlation_score(
     Raises:
         ValueError: shapes or dtypes do not fit. UnsupportedError: no such implementation.
     """
-    run = select("correlation_score", SCORE, implementation)
+    select("correlation_score", SCORE, implementation)  # a wrong name is said first
     check_activations("correlation_score", "x", x, x.shape[-1])
     check_activations("correlation_score", "dy", dy, trits.shape[0])
     if x.shape[0] != dy.shape[0] or x.dtype != dy.dtype:
@@ -36,4 +42,6 @@ def correlation_score(
             f"got {x.dtype} {x.shape} and {dy.dtype} {dy.shape}"
         )
     check_trits("correlation_score", trits, x.shape[1], group_size)
+    shape = (x.shape[0], trits.shape[0], x.shape[1], group_size)
+    run = tuned("correlation_score", SCORE, implementation, shape, x.dtype)
     return run(x, dy, trits, group_size=group_size)

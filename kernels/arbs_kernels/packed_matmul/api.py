@@ -2,12 +2,21 @@
 
 import jax
 
+from arbs_kernels.backends import triton_missing
 from arbs_kernels.packed_matmul import reference
 from arbs_kernels.selection import Implementation, select
 from arbs_kernels.shapes import check_activations, check_matrix
+from arbs_kernels.triton_launch import lazily
+from arbs_kernels.tuning import tuned
 
-FORWARD = {"xla": Implementation(reference.forward)}
-INPUT_GRADIENT = {"xla": Implementation(reference.input_gradient)}
+FORWARD = {
+    "xla": Implementation(reference.forward),
+    "triton": Implementation(lazily("arbs_kernels.packed_matmul.triton", "forward"), triton_missing),
+}
+INPUT_GRADIENT = {
+    "xla": Implementation(reference.input_gradient),
+    "triton": Implementation(lazily("arbs_kernels.packed_matmul.triton", "input_gradient"), triton_missing),
+}
 
 
 def packed_matmul(
@@ -20,7 +29,7 @@ def packed_matmul(
         trits: `uint8 (N, ceil(K/5))`, rows as in `arbs_kernels.codec`.
         scale: `float32 (N, ceil(K/group_size))`.
         group_size: columns that share one scale.
-        implementation: "xla", or None for the best that works here.
+        implementation: "xla", "triton", or None for the best that works here.
 
     Returns:
         `(M, N)` in the dtype of `x`, accumulated in float32.
@@ -28,9 +37,11 @@ def packed_matmul(
     Raises:
         ValueError: shapes or dtypes do not fit. UnsupportedError: no such implementation.
     """
-    run = select("packed_matmul", FORWARD, implementation)
+    select("packed_matmul", FORWARD, implementation)  # a wrong name is said first
     check_activations("packed_matmul", "x", x, x.shape[-1])
     check_matrix("packed_matmul", trits, scale, x.shape[1], group_size)
+    shape = (x.shape[0], trits.shape[0], x.shape[1], group_size)
+    run = tuned("packed_matmul", FORWARD, implementation, shape, x.dtype)
     return run(x, trits, scale, group_size=group_size)
 
 
@@ -51,7 +62,7 @@ def packed_matmul_input_gradient(
         scale: `float32 (N, ceil(K/group_size))`.
         in_features: `K`, which the packed shape does not determine.
         group_size: columns that share one scale.
-        implementation: "xla", or None for the best that works here.
+        implementation: "xla", "triton", or None for the best that works here.
 
     Returns:
         `(M, K)` in the dtype of `dy`, accumulated in float32.
@@ -59,7 +70,9 @@ def packed_matmul_input_gradient(
     Raises:
         ValueError: shapes or dtypes do not fit. UnsupportedError: no such implementation.
     """
-    run = select("packed_matmul_input_gradient", INPUT_GRADIENT, implementation)
+    select("packed_matmul_input_gradient", INPUT_GRADIENT, implementation)
     check_matrix("packed_matmul_input_gradient", trits, scale, in_features, group_size)
     check_activations("packed_matmul_input_gradient", "dy", dy, trits.shape[0])
+    shape = (dy.shape[0], trits.shape[0], in_features, group_size)
+    run = tuned("packed_matmul_input_gradient", INPUT_GRADIENT, implementation, shape, dy.dtype)
     return run(dy, trits, scale, in_features=in_features, group_size=group_size)

@@ -3,11 +3,17 @@
 import jax
 import jax.numpy as jnp
 
+from arbs_kernels.backends import triton_missing
 from arbs_kernels.row_gather import reference
 from arbs_kernels.selection import Implementation, select
 from arbs_kernels.shapes import check_matrix
+from arbs_kernels.triton_launch import lazily
+from arbs_kernels.tuning import tuned
 
-GATHER = {"xla": Implementation(reference.gather)}
+GATHER = {
+    "xla": Implementation(reference.gather),
+    "triton": Implementation(lazily("arbs_kernels.row_gather.triton", "gather"), triton_missing),
+}
 
 
 def packed_row_gather(
@@ -29,7 +35,7 @@ def packed_row_gather(
         in_features: `K`, the length of a row.
         group_size: columns that share one scale.
         dtype: of the result.
-        implementation: "xla", or None for the best that works here.
+        implementation: "xla", "triton", or None for the best that works here.
 
     Returns:
         `(*ids.shape, K)` in `dtype`.
@@ -37,8 +43,10 @@ def packed_row_gather(
     Raises:
         ValueError: shapes or dtypes do not fit. UnsupportedError: no such implementation.
     """
-    run = select("packed_row_gather", GATHER, implementation)
+    select("packed_row_gather", GATHER, implementation)  # a wrong name is said first
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"packed_row_gather: ids must be integers, got {ids.dtype}")
     check_matrix("packed_row_gather", trits, scale, in_features, group_size)
+    shape = (ids.size, trits.shape[0], in_features, group_size)
+    run = tuned("packed_row_gather", GATHER, implementation, shape, dtype)
     return run(ids, trits, scale, in_features=in_features, group_size=group_size, dtype=dtype)

@@ -1,0 +1,34 @@
+"""One step of integer latents in plain XLA."""
+
+import jax
+import jax.numpy as jnp
+
+from arbs_kernels import latents
+from arbs_kernels.noise import positions, unit
+
+LARGEST = 4.0
+"""Entries of a step are clipped to this."""
+
+
+def step(
+    direction: jax.Array,
+    trits: jax.Array,
+    residual: jax.Array,
+    norm: jax.Array,
+    rate: jax.Array,
+    seed: jax.Array,
+    offset: jax.Array,
+    *,
+    power: float,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.latent_step`; for one matrix."""
+    planes = residual.shape[0] + 1
+    d = direction.astype(jnp.float32)
+    if power != 1:
+        d = jnp.sign(d) * norm * (jnp.abs(d) / norm) ** power
+    noise = unit(positions(seed, d.shape) + offset)
+    change = jnp.floor(-rate * jnp.clip(d, -LARGEST, LARGEST) + noise)
+    v = latents.decode(trits, residual, d.shape[1]).astype(jnp.float32)
+    half = latents.half_range(planes)
+    leaves = latents.encode(jnp.clip(v + change, -half, half).astype(jnp.int16), planes)
+    return leaves["trits"], leaves.get("residual", residual)

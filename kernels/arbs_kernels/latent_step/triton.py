@@ -1,0 +1,157 @@
+"""One step of integer latents by a Triton kernel: the direction is read once, the latents are read and written packed.
+
+A thread takes a byte of every plane: five columns' latents of up to five digits each, with nothing to exchange.
+"""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from arbs_kernels import latents, noise
+from arbs_kernels.latent_step.reference import LARGEST
+from arbs_kernels.packed_decode.triton import power_of_plane, trit_of
+from arbs_kernels.triton_launch import launch
+
+_FIRST_FACTOR, _SECOND_FACTOR = tl.constexpr(int(noise.FIRST_FACTOR)), tl.constexpr(int(noise.SECOND_FACTOR))
+_COLUMN_STRIDE = tl.constexpr(int(noise.COLUMN_STRIDE))
+_LARGEST = tl.constexpr(LARGEST)
+
+
+@triton.jit
+def _mix(bits):
+    bits = (bits ^ (bits >> 16)) * tl.full((), _FIRST_FACTOR, tl.uint32)
+    bits = (bits ^ (bits >> 15)) * tl.full((), _SECOND_FACTOR, tl.uint32)
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _step(
+    direction_ptr,
+    trits_ptr,
+    residual_ptr,
+    floats_ptr,
+    words_ptr,
+    trits_out,
+    residual_out,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    PLANES: tl.constexpr,
+    HALF: tl.constexpr,
+    POWER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    matrix = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    at = tl.program_id(0) * BYTES + tl.arange(0, BYTES)[None, :]
+    norm, rate = tl.load(floats_ptr + 2 * matrix), tl.load(floats_ptr + 2 * matrix + 1)
+    seed, offset = tl.load(words_ptr + 2 * matrix), tl.load(words_ptr + 2 * matrix + 1)
+    inside = (rows < N) & (at < P)
+    place = rows.to(tl.int64) * P + at
+    row_hash = _mix(rows.to(tl.uint32) ^ seed)
+    # The latents of the five columns, leading plane first.
+    codes = (tl.load(trits_ptr + matrix * (N * P) + place, mask=inside, other=0),)
+    for plane in tl.static_range(PLANES - 1):
+        lower = residual_ptr + (matrix * (PLANES - 1) + plane) * (N * P)
+        codes = codes + (tl.load(lower + place, mask=inside, other=0),)  # noqa: RUF005 (Triton knows no stars)
+    values = (tl.zeros((ROWS, BYTES), tl.int32),) * PLANES
+    for i in tl.static_range(5):
+        columns = i * P + at
+        v = tl.zeros((ROWS, BYTES), tl.int32)
+        for plane in tl.static_range(PLANES):
+            v = v * 3 + trit_of(codes[plane], power_of_plane(i))
+        valid = inside & (columns < K)
+        d = tl.load(direction_ptr + matrix * (N * K) + rows.to(tl.int64) * K + columns, mask=valid, other=0.0)
+        d = d.to(tl.float32)
+        if POWER == 2.0:
+            d = d * tl.abs(d) / norm
+        elif POWER != 1.0:
+            size = norm * tl.exp2(POWER * tl.log2(tl.abs(d) / norm))
+            d = tl.where(d > 0, size, tl.where(d < 0, -size, 0.0))
+        d = tl.minimum(tl.maximum(d, -_LARGEST), _LARGEST)
+        bits = _mix(row_hash + columns.to(tl.uint32) * tl.full((), _COLUMN_STRIDE, tl.uint32)) + offset
+        dither = (bits >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+        change = tl.floor(-rate * d + dither).to(tl.int32)
+        v = tl.minimum(tl.maximum(v + change, -HALF), HALF)
+        # Digits of v + HALF in base 3 are the trits plus one; what packing pads holds the trit 0.
+        rest = tl.where(columns < K, v, 0) + HALF
+        moved = ()
+        for lowest in tl.static_range(PLANES):
+            above = rest * 21846 >> 16  # rest // 3
+            moved = (values[PLANES - 1 - lowest] * 3 + rest - 3 * above,) + moved  # noqa: RUF005
+            rest = above
+        values = moved
+    for plane in tl.static_range(PLANES):
+        code = (values[plane] * 256 + 242) // 243
+        if plane == 0:
+            tl.store(trits_out + matrix * (N * P) + place, code.to(tl.uint8), mask=inside)
+        else:
+            lower = residual_out + (matrix * (PLANES - 1) + plane - 1) * (N * P)
+            tl.store(lower + place, code.to(tl.uint8), mask=inside)
+
+
+def step(
+    direction: jax.Array,
+    trits: jax.Array,
+    residual: jax.Array,
+    norm: jax.Array,
+    rate: jax.Array,
+    seed: jax.Array,
+    offset: jax.Array,
+    *,
+    power: float,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.latent_step`."""
+    operands = (direction, trits, residual, norm, rate, seed, offset)
+    moved = _batched(power)(*(operand[None] for operand in operands))
+    return moved[0][0], moved[1][0]
+
+
+def _batched(power: float):
+    """The step of stacked matrices; mapped axes join the stack."""
+
+    @jax.custom_batching.custom_vmap
+    def run(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _launched(*operands, power=power)
+
+    @run.def_vmap
+    def mapped(size: int, batched: list[bool], *operands: jax.Array):
+        whole = [
+            operand if own else jnp.broadcast_to(operand, (size, *operand.shape))
+            for operand, own in zip(operands, batched, strict=True)
+        ]
+        stack = whole[0].shape[1]
+        out = run(*(operand.reshape(size * stack, *operand.shape[2:]) for operand in whole))
+        return tuple(leaf.reshape(size, stack, *leaf.shape[1:]) for leaf in out), (True, True)
+
+    return run
+
+
+def _launched(direction, trits, residual, norm, rate, seed, offset, *, power: float, rows: int = 4, width: int = 128):
+    stack, N, K = direction.shape
+    P, planes = trits.shape[-1], residual.shape[1] + 1
+    # One plane has no residual: its pointer is never followed, but there is no such thing as one to nothing.
+    lower = residual if planes > 1 else trits
+    moved = launch(
+        _step,
+        direction,
+        trits,
+        lower,
+        jnp.stack([norm, rate], axis=-1).astype(jnp.float32),
+        jnp.stack([seed, offset], axis=-1),
+        out=(jax.ShapeDtypeStruct(trits.shape, trits.dtype), jax.ShapeDtypeStruct(lower.shape, lower.dtype)),
+        num_warps=4,
+        num_stages=1,
+        grid=(triton.cdiv(P, width), triton.cdiv(N, rows), stack),
+        N=N,
+        K=K,
+        P=P,
+        PLANES=planes,
+        HALF=latents.half_range(planes),
+        POWER=power,
+        ROWS=rows,
+        BYTES=width,
+    )
+    return moved if planes > 1 else (moved[0], residual)
