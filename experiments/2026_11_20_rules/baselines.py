@@ -44,6 +44,8 @@ class Baseline:
     ternary: bool
     """Whether the forward pass sees ternary weights."""
     final: float = 0.0
+    dtype: str = "float32"
+    """Of the weights and the moments."""
 
     def init(self, specs: Any, layers: int, seed: jax.Array, rate: jax.Array) -> FloatState:
         """Normal latents with the library's standard deviations (min(0.1, 1/sqrt(fan_in)))."""
@@ -53,7 +55,7 @@ class Baseline:
         def weight(key: jax.Array, spec: MatrixSpec, stacked: bool) -> dict[str, jax.Array]:
             std = min(0.1, (spec.fan_in or spec.in_features) ** -0.5)
             shape = (layers, *spec.shape) if stacked else spec.shape
-            return {"weight": std * jax.random.normal(key, shape, jnp.float32)}
+            return {"weight": std * jax.random.normal(key, shape, jnp.dtype(self.dtype))}
 
         paths = jax.tree_util.tree_flatten_with_path(specs, is_leaf=lambda node: isinstance(node, MatrixSpec))[0]
         stacked = [path[0].key == "blocks" for path, _ in paths]
@@ -84,7 +86,7 @@ class Baseline:
             value, gradient = jax.value_and_grad(loss)(state.params)
             updates, moments = self._optimizer.update(gradient, state.moments, state.params)
             rate = state.rate * shape(state.step + 1)
-            params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+            params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
             return FloatState(params, moments, state.step + 1, state.rate), value
 
         return step
@@ -92,3 +94,5 @@ class Baseline:
 
 QAT = Baseline("qat", ternary=True)
 ADAMW = Baseline("adamw", ternary=False)
+ADAMW_BF16 = Baseline("adamw-bf16", ternary=False, dtype="bfloat16")
+"""Dense, and nothing in float32: the cheapest that AdamW can be."""

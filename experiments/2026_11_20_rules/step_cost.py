@@ -1,4 +1,4 @@
-"""Seconds and memory of one training step: each rule beside quantisation-aware training with AdamW, same model.
+"""Seconds and memory of one training step: each rule beside AdamW on float weights, same model.
 
     python experiments/2026_11_20_rules/step_cost.py --preset byte-50m --batch 64 --context 256
 
@@ -10,21 +10,26 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from baselines import QAT
+from baselines import ADAMW, ADAMW_BF16, QAT
 from harness import Setting
 from rich.console import Console
 from rich.table import Table
 
 from arbs_jax.training.program import Program
 
+BASELINES = {arm.name: arm for arm in (QAT, ADAMW, ADAMW_BF16)}
 
-def arms(setting: Setting, rules: list[str], layers: list[int]) -> dict[tuple[str, int], tuple[Any, Any]]:
+
+def arms(
+    setting: Setting, rules: list[str], layers: list[int], baselines: list[str]
+) -> dict[tuple[str, int], tuple[Any, Any]]:
     """{(name, layers at once): (compiled step, fresh state)}; a step is `(state, tokens) -> (state, anything)`."""
     tokens = jax.ShapeDtypeStruct((1, setting.batch, setting.context + 1), jnp.uint8)
     made: dict[tuple[str, int], tuple[Any, Any]] = {}
@@ -34,9 +39,11 @@ def arms(setting: Setting, rules: list[str], layers: list[int]) -> dict[tuple[st
             program = Program(replace(config, train=replace(config.train, layers_at_once=together)))
             made[rule, together] = (program.step.lower(program.abstract_state, tokens).compile(), program.init_state())
     program = Program(setting.config("latent10"))
-    state = jax.jit(lambda: QAT.init(program.specs, program.config.model.layers, jnp.uint32(0), jnp.float32(2e-3)))()
-    step = jax.jit(QAT.step(program.model, setting.steps), donate_argnums=0)
-    made["qat", 0] = (step.lower(state, tokens).compile(), state)
+    for name in baselines:
+        arm, depth = BASELINES[name], program.config.model.layers
+        state = jax.jit(partial(arm.init, program.specs, depth, jnp.uint32(0), jnp.float32(2e-3)))()
+        step = jax.jit(arm.step(program.model, setting.steps), donate_argnums=0)
+        made[name, 0] = (step.lower(state, tokens).compile(), state)
     return made
 
 
@@ -50,11 +57,12 @@ def main() -> None:
     parser.add_argument("--remat", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rules", nargs="+", default=["latent10", "latent6", "latent4", "latent18", "integral"])
+    parser.add_argument("--baselines", nargs="+", default=["qat"], help="the first is the one compared with")
     parser.add_argument("--layers-at-once", nargs="+", type=int, default=[1])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     setting = Setting(args.preset, 1000, args.batch, args.context, dtype=args.dtype, remat=bool(args.remat))
-    made = arms(setting, args.rules, args.layers_at_once)
+    made = arms(setting, args.rules, args.layers_at_once, args.baselines)
     rng = np.random.default_rng(0)
     seconds: dict[tuple[str, int], list[float]] = {name: [] for name in made}
     states = {name: state for name, (_, state) in made.items()}
@@ -74,7 +82,9 @@ def main() -> None:
                 "rule": name[0],
                 "layers_at_once": name[1],
                 "seconds": float(np.median(seconds[name])),
-                "ratio_to_qat": float(np.median(seconds[name]) / np.median(seconds["qat", 0])),
+                "baseline": args.baselines[0],
+                "ratio": float(np.median(seconds[name]) / np.median(seconds[args.baselines[0], 0])),
+                "bytes_per_second": float(setting.batch * setting.context / np.median(seconds[name])),
                 "state_bytes": state,
                 "temporary_bytes": memory.temp_size_in_bytes,
                 **{key: getattr(args, key) for key in ("preset", "batch", "context", "dtype", "remat")},
@@ -82,7 +92,15 @@ def main() -> None:
             }
         )
     table = Table(title=f"{args.preset}, batch {args.batch} x {args.context}, remat {args.remat}", title_justify="left")
-    for name in ("rule", "layers at once", "ms/step", "time against QAT", "state MB", "temporaries MB", "sum MB"):
+    for name in (
+        "rule",
+        "layers at once",
+        "ms/step",
+        f"against {args.baselines[0]}",
+        "state MB",
+        "temporaries MB",
+        "sum MB",
+    ):
         table.add_column(name, justify="left" if name == "rule" else "right")
     for row in rows:
         total = row["state_bytes"] + row["temporary_bytes"]
@@ -90,7 +108,7 @@ def main() -> None:
             row["rule"],
             str(row["layers_at_once"] or ""),
             f"{row['seconds'] * 1e3:.2f}",
-            f"{row['ratio_to_qat']:.2f}x",
+            f"{row['ratio']:.2f}x",
             f"{row['state_bytes'] / 1e6:.1f}",
             f"{row['temporary_bytes'] / 1e6:.1f}",
             f"{total / 1e6:.1f}",
