@@ -17,6 +17,7 @@ from math import gcd
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import triton
 import triton.language as tl
 
@@ -117,7 +118,7 @@ def few_rows(
     ROWS: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    """Part of `y^T`, float32 (splits, M, CLASSES, BLOCKS*ROWS), of one block of rows and some tiles of bytes.
+    """Part of `y`, float32 (splits, M, BLOCKS*ROWS*CLASSES), of one block of rows and some tiles of bytes.
 
     x: bfloat16 (CLASSES, 5, TILES, M * max(GROUPS, 1), BYTES); scale: float32 (N, R) where products are scaled, else
     int32 (R, CLASSES, BLOCKS*ROWS), half of two adjacent groups' scales in bfloat16.
@@ -155,7 +156,7 @@ def few_rows(
                 first = tl.where(at < (group + 1) * G - column, -1, 0).to(tl.int16)
                 weight = scaled(planes[plane], first[None, :], low[:, None], high[:, None])
                 total = tl.dot(weight, x, total)
-    out = y_ptr + ((tl.program_id(1) * M).to(tl.int64) * CLASSES + member) * LOCAL + local[:, None]
+    out = y_ptr + (tl.program_id(1) * M).to(tl.int64) * (CLASSES * LOCAL) + (member + CLASSES * local)[:, None]
     if GROUPS > 0:
         total = 0.5 * tl.sum(tl.reshape(total, (ROWS, M, GROUPS)), axis=2)
     tl.store(out + tl.arange(0, M)[None, :] * (CLASSES * LOCAL), total)
@@ -185,7 +186,7 @@ def is_fused(M: int, group_size: int, dtype: jnp.dtype) -> bool:
 def runs_of_activations(x: jax.Array, P: int, G: int, classes: int, tiles: int, length: int, groups: int) -> jax.Array:
     """Activations `(M, K)` as the fused kernel meets them, `(classes, 5, tiles, M * max(groups, 1), length)`."""
     M, K = x.shape
-    phase = jnp.arange(classes)[:, None, None, None] * P % 4
+    phase = (np.arange(classes) * P % 4)[:, None, None, None]
     plane = jnp.arange(5)[:, None, None] * P
     byte = jnp.arange(tiles)[:, None] * length + jnp.arange(length) - phase
     column = plane + byte
@@ -228,7 +229,7 @@ def fused(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int, 
         runs_of_activations(x, P, group_size, classes, tiles, length, groups),
         trits,
         scale if scaled_products else pairs_of_scales(scale, classes, local),
-        out=jax.ShapeDtypeStruct((splits, padded, classes, local), jnp.float32),
+        out=jax.ShapeDtypeStruct((splits, padded, local * classes), jnp.float32),
         grid=(classes * blocks, splits),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -245,8 +246,7 @@ def fused(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int, 
         ROWS=tile.rows,
         BYTES=length,
     )
-    y = jnp.sum(parts[:, :M], axis=0).swapaxes(1, 2).reshape(M, local * classes)
-    return y[:, :N].astype(x.dtype)
+    return jnp.sum(parts[:, :M, :N], axis=0).astype(x.dtype)
 
 
 def dense(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) -> jax.Array:

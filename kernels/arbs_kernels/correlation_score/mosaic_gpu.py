@@ -1,0 +1,249 @@
+"""The score by a persistent Hopper kernel: a tile of the gradient stays in registers, where it votes.
+
+A block of two computing warpgroups and one that feeds them makes tile after tile of `dW = dy^T x`. The codes of a
+tile's trits are copied to shared memory while its products run. A tile of columns `[c, c + COLUMNS)` needs the bytes
+`c mod P` and following of each row, of which those past the row's end are its first again, in the next plane: so
+rows are copied once, extended by a tile of their own beginning (0.2 bytes a weight).
+
+Rows of 256 codes would all begin in the same bank of shared memory; rows of 240 and 16 never do.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from arbs_kernels.backends import is_interpreted
+from arbs_kernels.mosaic_support import SHARED_BYTES, check_hopper, multiprocessors, padded
+from arbs_kernels.selection import UnsupportedError
+from arbs_kernels.shapes import group_count
+from arbs_kernels.triton_launch import one_by_one
+
+ATOM = 8
+"""Columns of the accumulator that a row of four lanes holds side by side."""
+SWIZZLE = 128
+"""Bytes of a row of operands in shared memory."""
+WIDTH = SWIZZLE // 2
+"""Columns of bfloat16 in such a row; tiles begin at its multiples."""
+CODES_AT_END = 16
+"""Codes of a row that are kept apart from the others of their tile."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the kernel is cut."""
+
+    rows: int = 128
+    """Of N, a multiple of 128 (of 64 where warpgroups share them)."""
+    columns: int = 256
+    """Of K, a multiple of 64 and of G."""
+    depth: int = 64
+    """Of M at once."""
+    steps: int = 4
+    """Depths in flight."""
+    by_rows: bool = True
+    """Whether the two computing warpgroups share a tile's rows, or else its columns."""
+    band: int = 8
+    """Row tiles that are visited before the next column tile: their operands stay in the cache."""
+    cluster: bool = False
+    """Whether two blocks with neighbouring row tiles share what they read of x."""
+
+
+CANDIDATES: tuple[dict[str, Any], ...] = (
+    {},
+    {"band": 4},
+    {"band": 16},
+    {"cluster": True},
+    {"cluster": True, "band": 4},
+    {"steps": 3},
+    {"by_rows": False},
+    {"rows": 256, "columns": 128},
+)
+"""Tiles to try; a tile that does not fit the group size takes the nearest number of columns that does."""
+
+
+def tile_of(group_size: int, tiles: Mapping[str, Any]) -> Tile:
+    """The tile that `tiles` asks for, with columns in whole groups of this size."""
+    tile = Tile(**tiles)
+    if tile.columns % group_size == 0 and (tile.by_rows or tile.columns // 2 % group_size == 0):
+        return tile
+    odd = 192 if group_size % 3 == 0 else max(group_size, 128)
+    return Tile(**{**tiles, "rows": 128, "columns": odd, "by_rows": True})
+
+
+def shared_bytes(tile: Tile) -> int:
+    """Shared memory of a block."""
+    return tile.steps * tile.depth * (tile.rows + tile.columns) * 2 + tile.rows * tile.columns + 1024
+
+
+def powers(first: jax.Array | int, columns: jax.Array, P: int, planes: int) -> jax.Array:
+    """`3^i` of the plane `i` of each of `first + columns`, which lie in `planes` planes at most."""
+    if planes < 5:
+        start = lax.div(first, jnp.int32(P))
+        base = jnp.int32(1)
+        for i in range(1, 5):
+            base = jnp.where(start >= i, jnp.int32(3**i), base)
+        return jnp.where(columns < (start + 1) * P - first, base, base * 3)
+    power = jnp.where(columns < P - first, jnp.int32(1), jnp.int32(3))
+    for i in range(2, 5):
+        power = jnp.where(columns < i * P - first, power, jnp.int32(3**i))
+    return power
+
+
+def kernel(x: Any, dy: Any, codes: Any, score: Any, *, P: int, G: int, tile: Tile, down: int, along: int) -> None:
+    """Persistent: scores int32 (groups, rows) of tiles `(down, along)`, of x (M, K), dy (M, N), codes (N, P + COLUMNS)."""
+    M = x.shape[0]
+    rows = tile.rows // 2 if tile.by_rows else tile.rows
+    columns = tile.columns if tile.by_rows else tile.columns // 2
+    transforms = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(SWIZZLE))
+    pieces = ((0, columns - CODES_AT_END), (columns - CODES_AT_END, CODES_AT_END))
+
+    def pipeline(row: Any, column: Any, body: Any, context: Any) -> Any:
+        return plgpu.emit_pipeline_warp_specialized(
+            body,
+            grid=(pl.cdiv(M, tile.depth),),
+            memory_registers=40,
+            in_specs=[
+                plgpu.BlockSpec((tile.depth, tile.rows), lambda k: (k, row), transforms=transforms),
+                plgpu.BlockSpec(
+                    (tile.depth, tile.columns),
+                    lambda k: (k, column),
+                    transforms=transforms,
+                    collective_axes=("cluster",) if tile.cluster else (),
+                ),
+            ],
+            wg_axis="wg",
+            num_compute_wgs=2,
+            max_concurrent_steps=tile.steps,
+            compute_context=context,
+        )
+
+    def nothing(*_: Any) -> None:
+        """Stands for the body where only its buffers matter."""
+
+    @functools.partial(
+        pl.run_scoped,
+        buffers=pipeline(0, 0, nothing, nothing).get_allocations(dy, x),
+        code_refs=[plgpu.SMEM((2, rows, width), jnp.uint8) for _, width in pieces],
+        arrived=plgpu.Barrier(num_arrivals=len(pieces), num_barriers=2),
+        collective_axes="wg",
+    )
+    def scope(buffers: Any, code_refs: Any, arrived: Any) -> None:
+        wg = lax.axis_index("wg")
+
+        @plgpu.nd_loop((down * along // (2 if tile.cluster else 1),), collective_axes="sm")
+        def loop(info: plgpu.NDLoopInfo) -> None:
+            height = down // (2 if tile.cluster else 1)
+            row, column = plgpu.planar_snake(info.index[0], (height, along), 0, tile.band)
+            if tile.cluster:
+                row = row * 2 + lax.axis_index("cluster")
+            top = row * tile.rows + (wg * rows if tile.by_rows else 0)
+            left = column * tile.columns + (0 if tile.by_rows else wg * columns)
+
+            def multiply(_: Any, dy_ref: Any, x_ref: Any, sums: Any) -> Any:
+                if tile.by_rows:
+                    dy_ref = dy_ref.at[:, pl.ds(wg * rows, rows)]
+                else:
+                    x_ref = x_ref.at[:, pl.ds(wg * columns, columns)]
+                plgpu.wgmma(sums, dy_ref.transpose((1, 0)), x_ref)
+                plgpu.wgmma_wait(0)
+                return sums
+
+            def compute(run: Any) -> None:
+                plgpu.commit_smem()  # The codes of the last tile have been read by all threads.
+                for (start, width), ref in zip(pieces, code_refs, strict=True):
+                    theirs = codes.at[pl.ds(top, rows), pl.ds(lax.rem(left, jnp.int32(P)) + start, width)]
+                    plgpu.copy_gmem_to_smem(theirs, ref.at[wg], arrived.at[wg])
+
+                @functools.partial(pl.run_scoped, sums=plgpu.ACC((rows, columns), jnp.float32))
+                def product(sums: Any) -> None:
+                    run(sums)
+                    dw = sums[...]
+                    plgpu.barrier_wait(arrived.at[wg])
+                    atoms = [
+                        votes(dw[:, at : at + ATOM], code_refs, wg, at, left, P, columns)
+                        for at in range(0, columns, ATOM)
+                    ]
+                    for group in range(columns // G):
+                        total = group_total(atoms, group, G)
+                        score[lax.div(left, jnp.int32(G)) + group, pl.ds(top, rows)] = total
+
+            pipeline(row, column, multiply, compute)(dy, x, allocations=buffers)
+
+
+def votes(dw: jax.Array, code_refs: Any, wg: jax.Array, at: int, left: jax.Array, P: int, columns: int) -> jax.Array:
+    """`sign(dW) * T` int32 of one atom of columns, `at` past the first of the tile, which is `left`."""
+    end = columns - CODES_AT_END
+    ref = code_refs[0].at[wg, :, pl.ds(at, ATOM)] if at < end else code_refs[1].at[wg, :, pl.ds(at - end, ATOM)]
+    code = plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.int32)
+    column = plgpu.broadcasted_iota(jnp.int32, dw.shape, 1, layout=plgpu.Layout.WGMMA) + at
+    power = powers(left, column, P, 2 if columns <= P else 5)
+    trit = (((code * power & 255) * 3) >> 8) - 1
+    return jnp.where(dw > 0, trit, jnp.where(dw < 0, -trit, 0))  # A NaN is neither.
+
+
+def group_total(atoms: list[jax.Array], group: int, G: int) -> jax.Array:
+    """Sum of the votes of one group, `(rows,)`."""
+    first, last = group * G, (group + 1) * G
+    total = None
+    for index in range(first // ATOM, -(-last // ATOM)):
+        atom = atoms[index]
+        low, high = first - index * ATOM, last - index * ATOM
+        if low > 0 or high < ATOM:
+            column = plgpu.broadcasted_iota(jnp.int32, atom.shape, 1, layout=plgpu.Layout.WGMMA)
+            atom = jnp.where((column >= low) & (column < high), atom, 0)
+        total = atom if total is None else total + atom
+    return jnp.sum(total, axis=1)
+
+
+def extended(trits: jax.Array, columns: int) -> jax.Array:
+    """Rows of codes `(N, P)` repeated up to at least `P + columns` bytes, a multiple of 16."""
+    P = trits.shape[1]
+    width = padded(P + columns, 16)
+    return jnp.tile(trits, (1, -(-width // P)))[:, :width]
+
+
+def score(
+    x: jax.Array, dy: jax.Array, trits: jax.Array, *, group_size: int, tiles: Mapping[str, Any] | None = None
+) -> jax.Array:
+    """See `api.correlation_score`; `tiles` are fields of `Tile`."""
+    if x.dtype != jnp.bfloat16:
+        raise UnsupportedError(
+            f"correlation_score: implementation 'mosaic_gpu' takes bfloat16, got {x.dtype}; pass 'triton' or 'xla'"
+        )
+    check_hopper("correlation_score")
+    tile = tile_of(group_size, tiles or {})
+    if shared_bytes(tile) > SHARED_BYTES:
+        raise UnsupportedError(
+            f"correlation_score: {tile} needs {shared_bytes(tile)} bytes of shared memory, more than {SHARED_BYTES}; "
+            "pass fewer steps"
+        )
+    return one_by_one(score_of, x, dy, trits, group_size=group_size, tile=tile)
+
+
+def score_of(x: jax.Array, dy: jax.Array, trits: jax.Array, *, group_size: int, tile: Tile) -> jax.Array:
+    """`score` with its tile."""
+    (M, K), (N, P) = x.shape, trits.shape
+    depth = padded(M, 8)
+    x = jnp.pad(x, ((0, depth - M), (0, padded(K, WIDTH) - K)))
+    dy = jnp.pad(dy, ((0, depth - M), (0, padded(N, WIDTH) - N)))
+    cluster = 2 if tile.cluster else 1
+    down = padded(pl.cdiv(N, tile.rows), cluster)
+    along = pl.cdiv(K, tile.columns)
+    run = plgpu.kernel(
+        functools.partial(kernel, P=P, G=group_size, tile=tile, down=down, along=along),
+        out_type=jax.ShapeDtypeStruct((along * tile.columns // group_size, down * tile.rows), jnp.int32),
+        grid=(multiprocessors() // cluster,),
+        grid_names=("sm",),
+        **({"cluster": (2,), "cluster_names": ("cluster",)} if tile.cluster else {}),
+        num_threads=3,
+        thread_name="wg",
+        interpret=plgpu.InterpretGPUParams() if is_interpreted() else False,
+    )
+    return run(x, dy, extended(trits, tile.columns))[: group_count(K, group_size), :N].T
