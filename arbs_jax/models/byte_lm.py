@@ -59,12 +59,17 @@ class ModelConfig:
             raise ConfigError(f"model.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
 
 
-def rotate(x_BxTxHxC: jax.Array, positions_T: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (Su et al., 2021) on the two halves of the channels, angles in float32."""
-    half = x_BxTxHxC.shape[-1] // 2
+def rotation(positions_T: jax.Array, channels: int, theta: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """(cosines, sines) `(T, 1, channels/2)` of the angles of rotary positions, made in float32."""
+    half = channels // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_Tx1xC = positions_T[:, None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle_Tx1xC).astype(x_BxTxHxC.dtype), jnp.sin(angle_Tx1xC).astype(x_BxTxHxC.dtype)
+    return jnp.cos(angle_Tx1xC).astype(dtype), jnp.sin(angle_Tx1xC).astype(dtype)
+
+
+def rotate(x_BxTxHxC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary position embedding (Su et al., 2021) on the two halves of the channels."""
+    half = x_BxTxHxC.shape[-1] // 2
     first, second = x_BxTxHxC[..., :half], x_BxTxHxC[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -85,8 +90,9 @@ class Attention(nn.Module):
             return flat.reshape(batch, length, count, config.head_dim)
 
         positions_T = start + jnp.arange(length)
-        q_BxTxHxC = rotate(TernaryRMSNorm()(heads("q_proj", config.heads)), positions_T, config.rope_theta)
-        k_BxTxKxC = rotate(TernaryRMSNorm()(heads("k_proj", config.kv_heads)), positions_T, config.rope_theta)
+        angles = rotation(positions_T, config.head_dim, config.rope_theta, x_BxTxD.dtype)
+        q_BxTxHxC = rotate(TernaryRMSNorm()(heads("q_proj", config.heads)), *angles)
+        k_BxTxKxC = rotate(TernaryRMSNorm()(heads("k_proj", config.kv_heads)), *angles)
         v_BxTxKxC = heads("v_proj", config.kv_heads)
         if cache is None:
             y_BxTxHxC = jax.nn.dot_product_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, is_causal=True)

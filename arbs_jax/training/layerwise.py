@@ -73,16 +73,44 @@ class Sweep:
         for stage in self.stages:
             subtrees = {name: ternary[name] for name in stage.keys}
             if stage.stacked:
-                (name,) = stage.keys
-
-                def layer(carry: Carry, subtree: Any, stage: Stage = stage, name: str = name) -> tuple[Carry, Any]:
-                    return self._micro_forward(stage, {name: subtree}, carry, batch)
-
-                carry, kept = jax.lax.scan(layer, carry, subtrees[name])
+                carry, kept = self._stacked_forward(stage, ternary[stage.keys[0]], carry, batch)
             else:
                 carry, kept = self._micro_forward(stage, subtrees, carry, batch)
             saved.append(kept)
         return saved, jnp.mean(carry)
+
+    def _stacked_forward(self, stage: Stage, stack: Any, carry: Carry, batch: Any) -> tuple[Carry, Any]:
+        """(the carry after all layers, what their backward needs, stacked).
+
+        What is kept is written into memory that nothing has filled, where a scan that stacks its outputs would first
+        write zeros to all of it; and what several products keep, such as the input of three, is written once.
+        """
+        (name,) = stage.keys
+        layers = jax.tree.leaves(stack)[0].shape[0]
+        places: list[int] = []
+        structure: Any = None  # it holds a program, equal to itself alone: that of the last trace counts
+
+        def layer(carry: Carry, index: jax.Array) -> tuple[Carry, list[jax.Array]]:
+            nonlocal places, structure
+            subtree = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
+            carry, kept = self._micro_forward(stage, {name: subtree}, carry, batch)
+            leaves, structure = jax.tree.flatten(kept)
+            distinct = list({id(leaf): leaf for leaf in leaves}.values())
+            places = [next(at for at, leaf in enumerate(distinct) if leaf is own) for own in leaves]
+            return carry, distinct
+
+        def put(state: tuple[jax.Array, Carry, list[jax.Array]]) -> tuple[jax.Array, Carry, list[jax.Array]]:
+            index, carry, room = state
+            carry, kept = layer(carry, index)
+            pairs = zip(room, kept, strict=True)
+            room = [jax.lax.dynamic_update_index_in_dim(whole, own, index, 0) for whole, own in pairs]
+            return index + 1, carry, room
+
+        start = jnp.int32(0)
+        shapes = jax.eval_shape(layer, carry, start)[1]
+        room = [jax.lax.empty((layers, *leaf.shape), leaf.dtype) for leaf in shapes]
+        _, carry, room = jax.lax.while_loop(lambda state: state[0] < layers, put, (start, carry, room))
+        return carry, jax.tree.unflatten(structure, [room[place] for place in places])
 
     def _backward(
         self, ternary: Subtrees, saved: list[Any], batch: Any, step: jax.Array, key: jax.Array, moves: jax.Array

@@ -82,9 +82,7 @@ def ternary_matmul(x: jax.Array, leaves: Leaves, spec: MatmulSpec, probe: Probe 
     Returns:
         `(..., N)` in the dtype of `x`.
     """
-    rows = x.reshape(-1, spec.in_features)
-    y = _matmul(spec, rows, dict(leaves), None if probe is None else dict(probe))
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return _matmul(spec, x, dict(leaves), None if probe is None else dict(probe))
 
 
 def ternary_gather(
@@ -130,22 +128,25 @@ def _votes(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None) -> jax.Array:
-    return packed_matmul(
-        x,
+    y = packed_matmul(
+        x.reshape(-1, spec.in_features),
         leaves["trits"],
         spec.law.scale(leaves, spec.group_size),
         group_size=spec.group_size,
         implementation=spec.implementation,
     )
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _matmul_forward(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None):
+    # `x` is kept as it came, not as rows: what several products share is then kept once.
     return _matmul(spec, x, leaves, probe), (x, leaves, _kinds(probe))
 
 
 def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
-    x, leaves, kinds = saved
-    dy = dy.astype(x.dtype)
+    given, leaves, kinds = saved
+    x = given.reshape(-1, spec.in_features)
+    dy = dy.reshape(x.shape[0], -1).astype(x.dtype)
     dx = packed_matmul_input_gradient(
         dy,
         leaves["trits"],
@@ -162,7 +163,7 @@ def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
             x, dy, leaves["trits"], group_size=spec.group_size, implementation=spec.implementation
         ),
     )
-    return dx, None, votes
+    return dx.reshape(given.shape), None, votes
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

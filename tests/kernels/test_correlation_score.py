@@ -1,5 +1,8 @@
 """The score against NumPy, for every implementation: exact wherever the gradient has a sign."""
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ from support import ROUNDOFF, activations, random_matrix, score_by_hand
 
 from arbs_kernels import backends
 from arbs_kernels.cases import SMALL_CASES
-from arbs_kernels.correlation_score import correlation_score, score_of_gradient, weight_gradient
+from arbs_kernels.correlation_score import correlation_score, mosaic_gpu, score_of_gradient, weight_gradient
 from arbs_kernels.selection import UnsupportedError
 
 
@@ -16,6 +19,8 @@ class CorrelationScore:
     """What holds for every implementation; a backend adds a subclass that names it."""
 
     implementation: str
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    """Of the activations that it takes, the most exact first."""
 
     def score(self, x, dy, trits, group_size):
         run = jax.jit(correlation_score, static_argnames=("group_size", "implementation"))
@@ -24,6 +29,8 @@ class CorrelationScore:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
     def test_exact_away_from_ties(self, case, dtype):
+        if dtype not in self.dtypes:
+            pytest.skip(f"takes {self.dtypes}")
         rng = np.random.default_rng([6, case.products])
         matrix = random_matrix(rng, case.out_features, case.in_features, case.group_size)
         x, right = activations(rng, (case.rows, case.in_features), dtype)
@@ -45,6 +52,8 @@ class CorrelationScore:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("group_size", [4, 6, 32])
     def test_small_integers_are_exact_ties_included(self, dtype, group_size):
+        if dtype not in self.dtypes:
+            pytest.skip(f"takes {self.dtypes}")
         rng = np.random.default_rng([7, group_size])
         matrix = random_matrix(rng, 23, 37, group_size)
         x, dy = rng.integers(-2, 3, (6, 37)), rng.integers(-2, 3, (6, 23))
@@ -57,24 +66,24 @@ class CorrelationScore:
         """Full agreement is G, full disagreement -G, and a short last group counts its own columns only."""
         trits = random_matrix(np.random.default_rng(8), 2, 10, 4).trits
         ones = jnp.full_like(trits, 255)  # ceil(242 * 256 / 243): five trits of +1
-        x = jnp.ones((1, 10), jnp.float32)
-        score = self.score(x, jnp.asarray([[1.0, -1.0]], jnp.float32), ones, 4)
+        x = jnp.ones((1, 10), self.dtypes[0])
+        score = self.score(x, jnp.asarray([[1.0, -1.0]], self.dtypes[0]), ones, 4)
         np.testing.assert_array_equal(score, [[4, 4, 2], [-4, -4, -2]])
 
     def test_only_the_sign_counts(self):
         rng = np.random.default_rng(9)
         matrix = random_matrix(rng, 9, 30, 8)
         x, dy = rng.integers(-2, 3, (4, 30)), rng.integers(-2, 3, (4, 9))
-        plain = self.score(jnp.asarray(x, jnp.float32), jnp.asarray(dy, jnp.float32), matrix.trits, 8)
-        scaled = self.score(jnp.asarray(x, jnp.float32), jnp.asarray(dy * 2.0**-60, jnp.float32), matrix.trits, 8)
+        plain = self.score(jnp.asarray(x, self.dtypes[0]), jnp.asarray(dy, self.dtypes[0]), matrix.trits, 8)
+        scaled = self.score(jnp.asarray(x, self.dtypes[0]), jnp.asarray(dy * 2.0**-60, self.dtypes[0]), matrix.trits, 8)
         np.testing.assert_array_equal(plain, scaled)
-        negative = self.score(jnp.asarray(x, jnp.float32), jnp.asarray(-dy, jnp.float32), matrix.trits, 8)
+        negative = self.score(jnp.asarray(x, self.dtypes[0]), jnp.asarray(-dy, self.dtypes[0]), matrix.trits, 8)
         np.testing.assert_array_equal(plain, -negative)
 
     def test_nan_votes_for_neither_side(self):
         matrix = random_matrix(np.random.default_rng(10), 3, 8, 4)
-        x = jnp.ones((1, 8), jnp.float32).at[0, :4].set(jnp.nan)
-        score = np.asarray(self.score(x, jnp.ones((1, 3), jnp.float32), matrix.trits, 4))
+        x = jnp.ones((1, 8), self.dtypes[0]).at[0, :4].set(jnp.nan)
+        score = np.asarray(self.score(x, jnp.ones((1, 3), self.dtypes[0]), matrix.trits, 4))
         np.testing.assert_array_equal(score[:, 0], 0)
         np.testing.assert_array_equal(score[:, 1], matrix.dense_trits[:, 4:].sum(axis=1))
 
@@ -86,6 +95,51 @@ class TestXla(CorrelationScore):
 @pytest.mark.skipif(backends.triton_missing() is not None, reason=f"needs {backends.triton_missing()}")
 class TestTriton(CorrelationScore):
     implementation = "triton"
+
+
+@pytest.mark.skipif(0.0 < backends.compute_capability() < 9.0, reason="needs Hopper, or a CPU to simulate it")
+class TestMosaicGpu(CorrelationScore):
+    """On Hopper as it is, simulated on a CPU."""
+
+    implementation = "mosaic_gpu"
+    dtypes = ("bfloat16",)
+
+    @pytest.fixture(autouse=True)
+    def simulated(self):
+        with contextlib.nullcontext() if backends.compute_capability() else backends.interpreted():
+            yield
+
+    @pytest.mark.parametrize(
+        "tiles",
+        [{"by_rows": False}, {"rows": 256, "columns": 128}, {"cluster": True}, {"steps": 2, "depth": 128, "band": 1}],
+        ids=str,
+    )
+    def test_tiles(self, tiles):
+        rng = np.random.default_rng(13)
+        matrix = random_matrix(rng, 300, 1300, 32)
+        x, dy = rng.integers(-2, 3, (70, 1300)), rng.integers(-2, 3, (70, 300))
+        run = jax.jit(functools.partial(mosaic_gpu.score, group_size=32, tiles=tiles))
+        score = run(jnp.asarray(x, jnp.bfloat16), jnp.asarray(dy, jnp.bfloat16), matrix.trits)
+        np.testing.assert_array_equal(score, score_by_hand(dy.T @ x, matrix.dense_trits, 32))
+
+    def test_mapped(self):
+        rng = np.random.default_rng(14)
+        matrices = [random_matrix(rng, 9, 40, 8) for _ in range(2)]
+        x, dy = rng.integers(-2, 3, (2, 6, 40)), rng.integers(-2, 3, (2, 6, 9))
+        run = jax.vmap(functools.partial(correlation_score, group_size=8, implementation="mosaic_gpu"))
+        trits = jnp.stack([matrix.trits for matrix in matrices])
+        score = run(jnp.asarray(x, jnp.bfloat16), jnp.asarray(dy, jnp.bfloat16), trits)
+        for one, matrix, right, left in zip(score, matrices, x, dy, strict=True):
+            np.testing.assert_array_equal(one, score_by_hand(left.T @ right, matrix.dense_trits, 8))
+
+    def test_refuses_float32(self):
+        with pytest.raises(UnsupportedError, match="'mosaic_gpu' takes bfloat16, got float32; pass 'triton' or 'xla'"):
+            refused(implementation="mosaic_gpu")
+
+    def test_refuses_a_tile_that_does_not_fit(self):
+        x, dy = jnp.ones((2, 10), jnp.bfloat16), jnp.ones((2, 3), jnp.bfloat16)
+        with pytest.raises(UnsupportedError, match="needs 279552 bytes of shared memory, more than 232448"):
+            mosaic_gpu.score(x, dy, jnp.zeros((3, 2), jnp.uint8), group_size=8, tiles={"steps": 5})
 
 
 def test_weight_gradient_is_the_float32_product():

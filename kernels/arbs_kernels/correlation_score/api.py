@@ -2,7 +2,7 @@
 
 import jax
 
-from arbs_kernels.backends import triton_missing
+from arbs_kernels.backends import mosaic_gpu_missing, triton_missing
 from arbs_kernels.correlation_score import reference
 from arbs_kernels.selection import Implementation, select
 from arbs_kernels.shapes import check_activations, check_trits
@@ -11,6 +11,7 @@ from arbs_kernels.tuning import tuned
 
 SCORE = {
     "xla": Implementation(reference.score),
+    "mosaic_gpu": Implementation(lazily("arbs_kernels.correlation_score.mosaic_gpu", "score"), mosaic_gpu_missing),
     "triton": Implementation(lazily("arbs_kernels.correlation_score.triton", "score"), triton_missing),
 }
 
@@ -25,7 +26,7 @@ def correlation_score(
         dy: cotangent of the outputs `(M, N)`, same dtype as `x`.
         trits: `uint8 (N, ceil(K/5))`.
         group_size: columns that share one scale.
-        implementation: "xla", "triton", or None for the best that works here.
+        implementation: "xla", "mosaic_gpu", "triton", or None for the best that works here.
 
     Returns:
         `int32 (N, ceil(K/group_size))`, each in `[-group_size, group_size]`.

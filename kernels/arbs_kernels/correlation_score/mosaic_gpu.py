@@ -10,7 +10,7 @@ Rows of 256 codes would all begin in the same bank of shared memory; rows of 240
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -33,6 +33,10 @@ WIDTH = SWIZZLE // 2
 """Columns of bfloat16 in such a row; tiles begin at its multiples."""
 CODES_AT_END = 16
 """Codes of a row that are kept apart from the others of their tile."""
+
+TOP_BITS = -(1 << 30)
+"""Sign and leading exponent bit of float32, as int32."""
+SIGN_BIT = -(1 << 31)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def tile_of(group_size: int, tiles: Mapping[str, Any]) -> Tile:
     if tile.columns % group_size == 0 and (tile.by_rows or tile.columns // 2 % group_size == 0):
         return tile
     odd = 192 if group_size % 3 == 0 else max(group_size, 128)
-    return Tile(**{**tiles, "rows": 128, "columns": odd, "by_rows": True})
+    return replace(tile, rows=128, columns=odd, by_rows=True)
 
 
 def shared_bytes(tile: Tile) -> int:
@@ -82,22 +86,22 @@ def shared_bytes(tile: Tile) -> int:
     return tile.steps * tile.depth * (tile.rows + tile.columns) * 2 + tile.rows * tile.columns + 1024
 
 
-def powers(first: jax.Array | int, columns: jax.Array, P: int, planes: int) -> jax.Array:
-    """`3^i` of the plane `i` of each of `first + columns`, which lie in `planes` planes at most."""
-    if planes < 5:
-        start = lax.div(first, jnp.int32(P))
-        base = jnp.int32(1)
-        for i in range(1, 5):
-            base = jnp.where(start >= i, jnp.int32(3**i), base)
-        return jnp.where(columns < (start + 1) * P - first, base, base * 3)
-    power = jnp.where(columns < P - first, jnp.int32(1), jnp.int32(3))
-    for i in range(2, 5):
-        power = jnp.where(columns < i * P - first, power, jnp.int32(3**i))
-    return power
+def planes_of(left: jax.Array, P: int, columns: int) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Where planes end in a tile of columns that begins at `left`, and `3^i` of each plane and of the one after them.
+
+    Two planes where a tile cannot touch three, otherwise all five.
+    """
+    if columns > P:
+        return [i * P - left for i in range(1, 5)], [jnp.int32(3**i) for i in range(5)]
+    plane = lax.div(left, jnp.int32(P))
+    power = jnp.int32(1)
+    for i in range(1, 5):
+        power = jnp.where(plane >= i, jnp.int32(3**i), power)
+    return [(plane + 1) * P - left], [power, power * 3]
 
 
 def kernel(x: Any, dy: Any, codes: Any, score: Any, *, P: int, G: int, tile: Tile, down: int, along: int) -> None:
-    """Persistent: scores int32 (groups, rows) of tiles `(down, along)`, of x (M, K), dy (M, N), codes (N, P + COLUMNS)."""
+    """Scores int32 (groups, rows) of `down` by `along` tiles, from x (M, K), dy (M, N) and codes (N, P + COLUMNS)."""
     M = x.shape[0]
     rows = tile.rows // 2 if tile.by_rows else tile.rows
     columns = tile.columns if tile.by_rows else tile.columns // 2
@@ -166,10 +170,15 @@ def kernel(x: Any, dy: Any, codes: Any, score: Any, *, P: int, G: int, tile: Til
                     run(sums)
                     dw = sums[...]
                     plgpu.barrier_wait(arrived.at[wg])
-                    atoms = [
-                        votes(dw[:, at : at + ATOM], code_refs, wg, at, left, P, columns)
-                        for at in range(0, columns, ATOM)
-                    ]
+                    ends, powers = planes_of(left, P, columns)
+                    atoms = []
+                    for (start, width), ref in zip(pieces, code_refs, strict=True):
+                        for at in range(0, width, ATOM):
+                            their_codes = plgpu.load(
+                                ref.at[wg, :, pl.ds(at, ATOM)], layout=plgpu.Layout.WGMMA, optimized=False
+                            )
+                            at_dw = dw[:, start + at : start + at + ATOM]
+                            atoms.append(votes(at_dw, their_codes, [end - (start + at) for end in ends], powers))
                     for group in range(columns // G):
                         total = group_total(atoms, group, G)
                         score[lax.div(left, jnp.int32(G)) + group, pl.ds(top, rows)] = total
@@ -177,29 +186,31 @@ def kernel(x: Any, dy: Any, codes: Any, score: Any, *, P: int, G: int, tile: Til
             pipeline(row, column, multiply, compute)(dy, x, allocations=buffers)
 
 
-def votes(dw: jax.Array, code_refs: Any, wg: jax.Array, at: int, left: jax.Array, P: int, columns: int) -> jax.Array:
-    """`sign(dW) * T` int32 of one atom of columns, `at` past the first of the tile, which is `left`."""
-    end = columns - CODES_AT_END
-    ref = code_refs[0].at[wg, :, pl.ds(at, ATOM)] if at < end else code_refs[1].at[wg, :, pl.ds(at - end, ATOM)]
-    code = plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.int32)
-    column = plgpu.broadcasted_iota(jnp.int32, dw.shape, 1, layout=plgpu.Layout.WGMMA) + at
-    power = powers(left, column, P, 2 if columns <= P else 5)
-    trit = (((code * power & 255) * 3) >> 8) - 1
-    return jnp.where(dw > 0, trit, jnp.where(dw < 0, -trit, 0))  # A NaN is neither.
+def votes(dw: jax.Array, codes: jax.Array, ends: list[jax.Array], powers: list[jax.Array]) -> jax.Array:
+    """`2 * sign(dW) * T` float32 of one atom of columns, whose planes end at `ends`."""
+    column = plgpu.broadcasted_iota(jnp.int32, dw.shape, 1, layout=plgpu.Layout.WGMMA)
+    power = powers[-1]
+    for end, before in zip(ends[::-1], powers[-2::-1], strict=True):
+        power = jnp.where(column < end, before, power)
+    fraction = codes.astype(jnp.int32) * power & 255
+    # Three times (the fraction + 256) holds digit - 1 in bits 8 and 9: moved to the top, they are 2 * trit in float32.
+    twice = ((fraction | 256) * (3 << 22)) & TOP_BITS
+    agreement = twice ^ (lax.bitcast_convert_type(dw, jnp.int32) & SIGN_BIT)
+    return jnp.where(jnp.abs(dw) > 0, lax.bitcast_convert_type(agreement, jnp.float32), 0.0)  # A NaN is not above 0.
 
 
 def group_total(atoms: list[jax.Array], group: int, G: int) -> jax.Array:
-    """Sum of the votes of one group, `(rows,)`."""
+    """Sum of the votes of one group, int32 `(rows,)`."""
     first, last = group * G, (group + 1) * G
-    total = None
+    theirs = []
     for index in range(first // ATOM, -(-last // ATOM)):
         atom = atoms[index]
         low, high = first - index * ATOM, last - index * ATOM
         if low > 0 or high < ATOM:
             column = plgpu.broadcasted_iota(jnp.int32, atom.shape, 1, layout=plgpu.Layout.WGMMA)
-            atom = jnp.where((column >= low) & (column < high), atom, 0)
-        total = atom if total is None else total + atom
-    return jnp.sum(total, axis=1)
+            atom = jnp.where((column >= low) & (column < high), atom, 0.0)
+        theirs.append(atom)
+    return (jnp.sum(functools.reduce(jnp.add, theirs), axis=1) * 0.5).astype(jnp.int32)
 
 
 def extended(trits: jax.Array, columns: int) -> jax.Array:
@@ -234,6 +245,7 @@ def score_of(x: jax.Array, dy: jax.Array, trits: jax.Array, *, group_size: int, 
     x = jnp.pad(x, ((0, depth - M), (0, padded(K, WIDTH) - K)))
     dy = jnp.pad(dy, ((0, depth - M), (0, padded(N, WIDTH) - N)))
     cluster = 2 if tile.cluster else 1
+    clusters: Any = {"cluster": (2,), "cluster_names": ("cluster",)} if tile.cluster else {}
     down = padded(pl.cdiv(N, tile.rows), cluster)
     along = pl.cdiv(K, tile.columns)
     run = plgpu.kernel(
@@ -241,7 +253,7 @@ def score_of(x: jax.Array, dy: jax.Array, trits: jax.Array, *, group_size: int, 
         out_type=jax.ShapeDtypeStruct((along * tile.columns // group_size, down * tile.rows), jnp.int32),
         grid=(multiprocessors() // cluster,),
         grid_names=("sm",),
-        **({"cluster": (2,), "cluster_names": ("cluster",)} if tile.cluster else {}),
+        **clusters,
         num_threads=3,
         thread_name="wg",
         interpret=plgpu.InterpretGPUParams() if is_interpreted() else False,
