@@ -12,7 +12,7 @@ from support import assert_trees_equal, is_float
 from arbs_jax import Integral, TernaryConfig, matrix_specs, value_and_votes
 from arbs_jax.errors import ConfigError
 from arbs_jax.models import PRESETS, VOCABULARY, ByteLM, ModelConfig, cross_entropy, empty_cache, preset
-from arbs_jax.models.byte_lm import Block, rotate
+from arbs_jax.models.byte_lm import Block, rotate, rotation
 from arbs_jax.state import flatten_specs, iter_matrices, validate_tree
 from arbs_jax.votes import decode_tree
 
@@ -180,7 +180,7 @@ def test_rotary_positions_are_relative():
     q, k = (jnp.asarray(rng.standard_normal((1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
     def product(at_q, at_k):
-        turned = [rotate(x, jnp.asarray([at]), 10_000.0) for x, at in ((q, at_q), (k, at_k))]
+        turned = [rotate(x, *rotation(jnp.asarray([at]), 8, 10_000.0, x.dtype)) for x, at in ((q, at_q), (k, at_k))]
         return float(jnp.sum(turned[0] * turned[1]))
 
     # Angles up to 100 radians carry 100 roundoffs.
@@ -188,7 +188,7 @@ def test_rotary_positions_are_relative():
     assert abs(product(5, 2) - product(98, 95)) < tolerance
     assert abs(product(0, 0) - float(jnp.sum(q * k))) < tolerance
     assert abs(product(5, 2) - product(5, 3)) > 100 * tolerance
-    turned = rotate(q, jnp.asarray([37]), 10_000.0)
+    turned = rotate(q, *rotation(jnp.asarray([37]), 8, 10_000.0, q.dtype))
     np.testing.assert_allclose(jnp.linalg.norm(turned), jnp.linalg.norm(q), rtol=1e-6)
 
 
