@@ -9,11 +9,16 @@ from arbs_jax.models.byte_lm import ModelConfig
 from arbs_jax.models.presets import PRESETS
 from arbs_jax.rules import DEFAULT_RULE, RuleConfig, default_group_size
 from arbs_jax.state import InitConfig
+from arbs_kernels.backends import triton_missing
 from arbs_kernels.shapes import GROUP_SIZES
 
 DEFAULT_PRESET = "byte-0.4m"
-KERNELS = ("auto", "xla")
-"""Values of `--kernel`: the best implementation that works, or one by name."""
+KERNELS = ("auto", "xla", "triton")
+"""Values of `--kernel`: the best implementation of each operator, or one by name for all operators of a step.
+
+"mosaic_gpu" is no value: only the score has it, and what is named must not fall back. "auto" takes it where it runs.
+"""
+_MISSING = {"triton": triton_missing}
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,13 @@ class TrainConfig:
     """Seeds initial state, data order and sampled votes."""
     kernel: str = "auto"
     """Implementation of the packed operators, or "auto" for the best that works."""
-    layers_at_once: int = 1
-    """Layers whose state moves together: fewer, larger operations, for that many layers' temporaries."""
+    layers_at_once: int | None = None
+    """Layers whose state moves together: fewer, larger operations, for that many layers' temporaries. None leaves it to
+    the device (`arbs_jax.training.program`)."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "context", "accum", "layers_at_once"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 flag = "ctx" if name == "context" else name.replace("_", "-")
                 raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, name)}")
         # JAX keeps 32 bits of a seed: a longer one would repeat the state of a shorter one without a word.
@@ -57,6 +63,20 @@ class TrainConfig:
             raise ConfigError(f"--seed must be in [0, 2^32), got {self.seed}")
         if self.kernel not in KERNELS:
             raise ConfigError(f"--kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
+
+    @property
+    def implementation(self) -> str | None:
+        """`kernel` as operators take it: None for the best that works.
+
+        Asks the device, so that a configuration can be read and shown where it cannot run.
+
+        Raises:
+            ConfigError: this machine cannot run it.
+        """
+        missing = _MISSING[self.kernel]() if self.kernel in _MISSING else None
+        if missing is not None:
+            raise ConfigError(f"--kernel {self.kernel} needs {missing}; pass --kernel auto")
+        return None if self.kernel == "auto" else self.kernel
 
 
 @dataclass(frozen=True)
@@ -109,7 +129,7 @@ class RunConfig:
                 f"--ctx {self.train.context} is longer than the model's context of {self.model.context} bytes; "
                 "lower it or choose another --preset"
             )
-        if self.model.layers % self.train.layers_at_once:
+        if self.model.layers % (self.train.layers_at_once or 1):
             raise ConfigError(
                 f"--layers-at-once must divide the model's {self.model.layers} layers, got {self.train.layers_at_once}"
             )

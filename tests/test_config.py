@@ -7,11 +7,17 @@ from typing import Any
 import pytest
 
 from arbs_jax.cli.options import ModelFlags
-from arbs_jax.config import MAY_CHANGE, DataConfig, LogConfig, RunConfig, TrainConfig
+from arbs_jax.config import KERNELS, MAY_CHANGE, DataConfig, LogConfig, RunConfig, TrainConfig
 from arbs_jax.errors import ConfigError
 from arbs_jax.models import PRESETS, preset
-from arbs_jax.rules import RuleConfig
+from arbs_jax.rules import RULES, Latent, RuleConfig
 from arbs_jax.state import InitConfig
+from arbs_jax.training.program import Program
+from arbs_kernels import backends
+from arbs_kernels.correlation_score.api import SCORE
+from arbs_kernels.latent_step.api import STEP
+from arbs_kernels.packed_matmul.api import FORWARD, INPUT_GRADIENT
+from arbs_kernels.row_gather.api import GATHER
 
 FAR_FROM_DEFAULT = RunConfig(
     preset="byte-3m",
@@ -56,7 +62,7 @@ def test_a_saved_configuration_that_does_not_fit(damage: Any):
         (lambda: TrainConfig(steps=0), "--steps must be at least 1, got 0"),
         (lambda: TrainConfig(context=-2), "--ctx must be at least 1, got -2"),
         (lambda: TrainConfig(seed=2**32), r"--seed must be in \[0, 2\^32\), got 4294967296"),
-        (lambda: TrainConfig(kernel="cuda"), "--kernel must be one of auto, xla, got 'cuda'"),
+        (lambda: TrainConfig(kernel="cuda"), "--kernel must be one of auto, xla, triton, got 'cuda'"),
         (lambda: LogConfig(eval_interval=0), "--eval-interval must be at least 1, got 0"),
         (lambda: RunConfig(group_size=7), "--group-size must be one of 4, .*, got 7"),
         (
@@ -68,6 +74,46 @@ def test_a_saved_configuration_that_does_not_fit(damage: Any):
 def test_refusals(make: Any, message: str):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_a_kernel_by_name_is_one_that_every_operator_of_a_step_has():
+    everywhere = set.intersection(*(set(table) for table in (FORWARD, INPUT_GRADIENT, SCORE, GATHER, STEP)))
+    assert everywhere | {"auto"} == set(KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "needs"),
+    [
+        (0.0, True, r"an NVIDIA GPU of compute capability 8\.0 or later \(Ampere\), and this is 'cpu'"),
+        (7.5, True, r"an NVIDIA GPU of compute capability 8\.0 or later \(Ampere\), and this is 'cpu' of 7\.5"),
+        (8.6, False, r"jax-triton, which is not installed \(pip install 'arbs-jax\[triton\]'\)"),
+        (8.6, True, None),
+    ],
+)
+def test_a_kernel_that_does_not_run_here_is_refused_before_anything_is_made(
+    capability: float, installed: bool, needs: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(backends, "compute_capability", lambda: capability)
+    monkeypatch.setattr(backends, "device_kind", lambda: "cpu")
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object() if installed else None)
+    config = RunConfig(train=TrainConfig(kernel="triton"))  # can be read anywhere
+    if needs is None:
+        assert config.train.implementation == "triton"
+        return
+    with pytest.raises(ConfigError, match=f"^--kernel triton needs {needs}; pass --kernel auto$"):
+        _ = Program(config).ternary
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("kernel", "expected"), [("auto", None), ("xla", "xla"), ("triton", "triton")])
+def test_the_kernel_is_that_of_every_operator(
+    rule: str, kernel: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("arbs_jax.config._MISSING", {})
+    ternary = Program(RunConfig(rule=RuleConfig(rule), train=TrainConfig(kernel=kernel))).ternary
+    assert ternary.implementation == expected
+    # The operator that moves latents is chosen by the rule.
+    assert not isinstance(ternary.rule, Latent) or ternary.rule.implementation == expected
 
 
 def test_flags_left_out_keep_what_the_run_has():

@@ -125,12 +125,14 @@ class ModelFlags:
         int | None, whole("--seed"), about("Seed of state, data order and samples.", str(TrainConfig.seed))
     ] = None
     kernel: Annotated[
-        str | None, choice("--kernel", KERNELS), about("Implementation of the packed operators.", TrainConfig.kernel)
+        str | None,
+        choice("--kernel", KERNELS),
+        about("Implementation of the packed operators; auto is the best that runs here.", TrainConfig.kernel),
     ] = None
     layers_at_once: Annotated[
         int | None,
         whole("--layers-at-once"),
-        about("Layers that move together: fewer launches, more memory.", str(TrainConfig.layers_at_once)),
+        about("Layers that move together: fewer launches, more memory.", "one on a CPU, on GPUs what is cheap"),
     ] = None
     data: Annotated[
         str | None,

@@ -49,10 +49,13 @@ def default_group_size(rule: str) -> int:
     return 256 if rule in LATENT_RULES else 32
 
 
-def make_rule(config: RuleConfig, *, steps: int, votes_per_step: int, dtype: str = "float32") -> Rule:
+def make_rule(
+    config: RuleConfig, *, steps: int, votes_per_step: int, dtype: str = "float32", implementation: str | None = None
+) -> Rule:
     """The rule for a run of `steps` steps whose every step takes `votes_per_step` votes on each matrix.
 
-    `dtype` is that of the activations; rules that multiply matrices in their update use it there.
+    `dtype` is that of the activations; rules that multiply matrices in their update use it there. `implementation` is
+    of the operators that a rule calls, None for the best that works.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -65,4 +68,5 @@ def make_rule(config: RuleConfig, *, steps: int, votes_per_step: int, dtype: str
         return Integral(rate, Schedule(steps=steps, warmup=warmup), votes_per_step)
     rule = LATENT_RULES[config.name]
     rate = rule.learning_rate if config.learning_rate is None else config.learning_rate
-    return replace(rule, learning_rate=rate, schedule=Schedule(steps=steps, warmup=warmup, final=0.0), dtype=dtype)
+    schedule = Schedule(steps=steps, warmup=warmup, final=0.0)
+    return replace(rule, learning_rate=rate, schedule=schedule, dtype=dtype, implementation=implementation)

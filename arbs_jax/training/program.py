@@ -14,10 +14,14 @@ from arbs_jax.layers import COLLECTION, TernaryConfig
 from arbs_jax.models.byte_lm import ByteLM, cross_entropy
 from arbs_jax.models.byte_stages import byte_stages
 from arbs_jax.rules import make_rule
-from arbs_jax.state import validate_tree
+from arbs_jax.state import flatten_specs, validate_tree
 from arbs_jax.training.layerwise import Sweep
 from arbs_jax.training.step import TrainState, fresh_state, jit_step, make_step
 from arbs_jax.votes import matrix_specs
+
+GROUP_GRADIENT_BYTES = 2**27
+"""Gradients, in the activations' dtype, of the layers that move together on a GPU. Moving them takes about six times
+that for temporaries."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,11 @@ class Program:
                 steps=config.train.steps,
                 votes_per_step=config.train.accum,
                 dtype=config.model.dtype,
+                implementation=config.train.implementation,
             ),
             group_size=config.group_size,
             init=config.init,
-            implementation=None if config.train.kernel == "auto" else config.train.kernel,
+            implementation=config.train.implementation,
         )
 
     @cached_property
@@ -101,9 +106,22 @@ class Program:
             self.ternary.rule,
             self.specs,
             remat=config.model.remat,
-            layers_at_once=config.train.layers_at_once,
+            layers_at_once=self.layers_at_once,
             dtype=config.model.dtype,
         )
+
+    @property
+    def layers_at_once(self) -> int:
+        """Layers that move together: as configured, or on a GPU, where a step of a small model is bound by launches, as
+        many as have at most `GROUP_GRADIENT_BYTES` of gradients. What is learnt does not depend on it."""
+        config = self.config
+        if config.train.layers_at_once is not None:
+            return config.train.layers_at_once
+        if jax.default_backend() == "cpu":
+            return 1
+        specs = flatten_specs(self.specs["blocks"], "blocks").values()
+        layer = sum(spec.out_features * spec.in_features for spec in specs) * jnp.dtype(config.model.dtype).itemsize
+        return group_within(config.model.layers, layer)
 
     def compile_step(self) -> Any:
         """The step compiled ahead of time for this configuration's exact shapes."""
@@ -132,3 +150,8 @@ class Program:
         totals = [self._nats(ternary, batch.windows, batch.valid) for batch in batches]
         count = sum(int(batch.valid.sum()) * (batch.windows.shape[1] - 1) for batch in batches)
         return float(np.sum([np.float64(total) for total in totals]) / count)
+
+
+def group_within(layers: int, layer_bytes: int, most: int = GROUP_GRADIENT_BYTES) -> int:
+    """The largest divisor of `layers` so many of which have at most `most` bytes together; at least one."""
+    return max(n for n in range(1, layers + 1) if layers % n == 0 and (n == 1 or n * layer_bytes <= most))

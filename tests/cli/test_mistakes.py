@@ -15,6 +15,7 @@ from support import assert_trees_equal
 from arbs_jax.run import checkpoints
 from arbs_jax.run.checkpoints import Checkpointer
 from arbs_jax.run.folder import RunLock
+from arbs_kernels import backends
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
@@ -43,7 +44,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
         (("--group-size", "5"), ("--group-size", "4, 6, 8, 12, 16, 32", "5")),
         (("--preset", "byte-9000b"), ("--preset", "byte-0.4m, byte-3m", "'byte-9000b'")),
         (("--rule", "adam"), ("--rule", "bigint", "integral", "'adam'")),
-        (("--kernel", "mosaic_gpu"), ("--kernel", "xla", "'mosaic_gpu'")),
+        (("--kernel", "mosaic_gpu"), ("--kernel", "auto, xla, triton", "'mosaic_gpu'")),
         (("--tied", "perhaps"), ("--tied", "yes or no", "'perhaps'")),
         (("--save-interval", "0"), ("--save-interval", "at least 1", "0")),
         (("--stop-at", "0"), ("--stop-at", "at least 1", "0")),
@@ -68,6 +69,34 @@ def test_a_value_out_of_range_is_refused_before_anything_is_written(
     for part in expected:
         assert part in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [("train", "--no-save"), ("warmup",), ("audit",)])
+def test_a_kernel_that_does_not_run_here_is_refused_before_anything_is_written(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backends, "compute_capability", lambda: 7.5)
+    message = refused(capsys, *words, "--kernel", "triton")
+    assert message.splitlines() == [message]
+    assert "--kernel triton needs an NVIDIA GPU of compute capability 8.0 or later" in message
+    assert message.endswith("of 7.5; pass --kernel auto")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_goes_on_with_another_kernel(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = json.loads((run / "config.json").read_text())
+    config["train"]["kernel"] = "triton"
+    (run / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(backends, "compute_capability", lambda: 0.0)
+    more = ("train", "--run", run, "--resume", "--steps", STEPS + 1)
+    assert "pass --kernel auto" in refused(capsys, *more)
+    assert json.loads((run / "config.json").read_text()) == config
+    assert call(*more, "--kernel", "auto") == 0
 
 
 @pytest.mark.parametrize("words", [("train", "--stesp", "3"), ("trian",), (), ("eval", "--checkpoint")])

@@ -1,5 +1,7 @@
 """From a configuration to functions: evaluation against NumPy, and shapes that agree with what is allocated."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from arbs_jax.errors import StateError
 from arbs_jax.layers import COLLECTION
 from arbs_jax.models import ModelConfig
 from arbs_jax.rules import RuleConfig
-from arbs_jax.training.program import Program
+from arbs_jax.training.program import GROUP_GRADIENT_BYTES, Program, group_within
 
 MODEL = ModelConfig(width=32, layers=2, heads=2, kv_heads=1, head_dim=16, hidden=48, context=64)
 RULE = RuleConfig("integral")
@@ -91,3 +93,27 @@ def test_a_validation_batch_is_never_larger_than_what_is_asked_for():
     assert CONFIG.validation_batch == 8
     small = RunConfig(model=MODEL, train=TrainConfig(context=8), log=LogConfig(eval_windows=3))
     assert small.validation_batch == 3
+
+
+@pytest.mark.parametrize(
+    ("layers", "layer_bytes", "group"),
+    [(12, 10, 4), (12, 8, 6), (12, 1, 12), (22, 3, 11), (22, 5, 2), (7, 39, 1), (1, 1, 1)],
+)
+def test_layers_move_together_as_far_as_their_gradients_fit(layers, layer_bytes, group):
+    assert group_within(layers, layer_bytes, most=49) == group
+
+
+def test_how_many_layers_move_together_is_the_device_s_choice_unless_told(monkeypatch):
+    train = replace(CONFIG.train, layers_at_once=1)
+    small, large = (
+        Program(CONFIG),
+        Program(replace(CONFIG, model=replace(MODEL, layers=4, hidden=4 * GROUP_GRADIENT_BYTES))),
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [Program(replace(CONFIG, train=train)).layers_at_once, small.layers_at_once, large.layers_at_once] == [
+        1,
+        2,
+        1,
+    ]
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert small.layers_at_once == 1
