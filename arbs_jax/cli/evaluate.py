@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from arbs_jax.cli.display import console, table
-from arbs_jax.cli.options import CheckpointFlag, RunFlag, about, saved_config, whole
+from arbs_jax.cli.options import CheckpointFlag, KernelFlag, RunFlag, about, saved_config, whole
 from arbs_jax.cli.runs import open_run, run_path
 from arbs_jax.compilation import enable_cache
 from arbs_jax.data import open_corpus, unigram_entropy, validation_windows
@@ -33,6 +33,7 @@ class Evaluate:
     ctx: Annotated[int | None, whole("--ctx"), about("Bytes in a window.", "as trained")] = None
     windows: Annotated[int, whole("--windows")] = 1024
     """Windows, at most, spread evenly."""
+    kernel: KernelFlag = None
     json: bool = False
     """Print one JSON object in place of the table."""
 
@@ -47,7 +48,7 @@ def run(args: Evaluate) -> None:
     saved = config = saved_config(path)
     if args.ctx is not None:
         config = replace(saved, train=replace(saved.train, context=args.ctx))
-    opened = open_run(path, args.checkpoint, config)
+    opened = open_run(path, args.checkpoint, config, args.kernel)
     if args.data is None:
         inputs = Inputs.open(saved)
         corpus, name, entropy = inputs.validation, f"{inputs.name} (validation)", inputs.unigram_entropy

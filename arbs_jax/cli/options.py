@@ -84,6 +84,12 @@ CheckpointFlag = Annotated[
     ),
 ]
 """`--checkpoint` of the commands that look at a run."""
+KernelFlag = Annotated[
+    str | None,
+    choice("--kernel", KERNELS),
+    about("Implementation of the packed operators; auto is the best that runs here.", "as trained"),
+]
+"""`--kernel` of the commands that look at a run, which may have been trained on another machine."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Opening a finished or unfinished run for looking at it: sample, eval, audit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,26 @@ def checkpoint_name(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
 
 
-def open_run(path: Path | None, checkpoint: str | None = None, config: RunConfig | None = None) -> OpenRun:
+def open_run(
+    path: Path | None, checkpoint: str | None = None, config: RunConfig | None = None, kernel: str | None = None
+) -> OpenRun:
     """Loads a checkpoint of a run; validated leaf by leaf.
 
     Args:
         path: run folder, None for the newest below `runs/`.
         checkpoint: "latest", "best", "final" or a step number; None for the best, or the latest while none is.
         config: in place of the run's own (for another batch size, say).
+        kernel: in place of the configuration's.
 
     Raises:
-        ConfigError: no such run. CheckpointError: no such checkpoint, or a damaged one.
+        ConfigError: no such run, or its kernel does not run here. CheckpointError: none such, or a damaged one.
         StateError: the state does not fit the model.
     """
     path = run_path(path)
-    program = Program(config or saved_config(path))
+    config = config or saved_config(path)
+    if kernel is not None:
+        config = replace(config, train=replace(config.train, kernel=kernel))
+    program = Program(config)
     with Checkpointer(RunFolder(path).checkpoints) as reader:
         chosen = checkpoint or ("best" if "best" in reader.tags() else "latest")
         tree, _ = reader.restore(checkpoint_name(chosen))

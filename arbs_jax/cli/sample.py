@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from arbs_jax.cli.display import console, errors
-from arbs_jax.cli.options import CheckpointFlag, RunFlag, real, whole
+from arbs_jax.cli.options import CheckpointFlag, KernelFlag, RunFlag, real, whole
 from arbs_jax.cli.runs import open_run
 from arbs_jax.cli.text import StreamDecoder, printable, sample_bytes
 from arbs_jax.compilation import enable_cache
@@ -34,6 +34,7 @@ class Sample:
     """Draw from the likeliest bytes that make up this probability."""
     seed: Annotated[int, whole("--seed")] = SamplingConfig.seed
     """Same seed, same text."""
+    kernel: KernelFlag = None
     packed: bool = False
     """Multiply from the packed state at every byte: least memory, slower than weights decoded once."""
 
@@ -48,7 +49,7 @@ def run(args: Sample) -> None:
     if not prompt:
         raise ConfigError("--prompt is empty; give at least one byte to go on from")
     enable_cache()
-    opened = open_run(args.run, args.checkpoint)
+    opened = open_run(args.run, args.checkpoint, kernel=args.kernel)
     console.print(printable(prompt), end="")
     decoder, first = StreamDecoder(), None
     for byte in sample_bytes(opened.program, opened.ternary, prompt, args.bytes, sampling, packed=args.packed):

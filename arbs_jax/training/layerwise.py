@@ -102,9 +102,10 @@ class Sweep:
         def put(state: tuple[jax.Array, Carry, list[jax.Array]]) -> tuple[jax.Array, Carry, list[jax.Array]]:
             index, carry, room = state
             carry, kept = layer(carry, index)
-            pairs = zip(room, kept, strict=True)
-            room = [jax.lax.dynamic_update_index_in_dim(whole, own, index, 0) for whole, own in pairs]
-            return index + 1, carry, room
+            filled = jax.tree.map(
+                lambda whole, own: jax.lax.dynamic_update_index_in_dim(whole, own, index, 0), room, kept
+            )
+            return index + 1, carry, filled
 
         start = jnp.int32(0)
         shapes = jax.eval_shape(layer, carry, start)[1]

@@ -1,6 +1,6 @@
 """What this machine can run: the device that computations go to by default, and what each backend needs of it.
 
-"mosaic_gpu" kernels are Pallas kernels for NVIDIA Hopper and later; inside `interpreted()` they run anywhere, slowly,
+"mosaic_gpu" kernels are Pallas kernels with Hopper's own instructions, which later GPUs lack; inside `interpreted()` they run anywhere, slowly,
 for tests. "triton" kernels go through jax-triton, for NVIDIA Ampere and later.
 """
 
@@ -51,9 +51,9 @@ def nothing_missing() -> None:
 
 def mosaic_gpu_missing() -> str | None:
     """What this machine lacks for Mosaic kernels, or None."""
-    if is_interpreted() or compute_capability() >= 9.0:
+    if is_interpreted() or 9.0 <= compute_capability() < 10.0:
         return None
-    return f"an NVIDIA GPU of compute capability 9.0 or later (Hopper), and this is {_described()}"
+    return f"an NVIDIA GPU of compute capability 9.x (Hopper), and this is {_described()}"
 
 
 def triton_missing() -> str | None:

@@ -96,6 +96,9 @@ def test_a_run_goes_on_with_another_kernel(
     more = ("train", "--run", run, "--resume", "--steps", STEPS + 1)
     assert "pass --kernel auto" in refused(capsys, *more)
     assert json.loads((run / "config.json").read_text()) == config
+    for look in (("eval", "--windows", 2), ("sample", "--bytes", 2)):
+        assert "pass --kernel auto" in refused(capsys, *look, "--run", run)
+        assert call(*look, "--run", run, "--kernel", "auto") == 0
     assert call(*more, "--kernel", "auto") == 0
 
 

@@ -1,12 +1,14 @@
 """Packed products by Triton kernels: few rows of bfloat16 activations straight from the bytes, many through the weight.
 
-The fused kernel computes `y^T = W x^T`, weights as the first operand of the tensor core, decoded in registers: two
-bytes cost 15 instructions for ten weights (`arbs_kernels.packed_decode.triton` has the arithmetic). A tile of BYTES
-serves five runs of columns, `i*P + [j, j + BYTES)`, which begin anywhere in a group of G. So scales are applied
+The fused kernel computes `y^T = W x^T` with weights as the first operand of the tensor core's 16 x 8 x 16 product, which
+each warp issues by itself (`mma.sync`) on weights that it decoded in its own registers: two bytes cost 15 instructions
+for ten weights (`arbs_kernels.packed_decode.triton` has the arithmetic). No shared memory, no barrier and no wait until
+the end, so many warps hide each other's loads. Every tensor has one element for each thread of the program.
 
-- to products, for a few rows (`GROUPS` > 0): every group that a run can touch has columns of its own in the operand of
-  activations, which are zero elsewhere, and the products of a group meet its scale in float32 registers;
-- to weights, for more (`GROUPS` = 0): a run no longer than G touches two groups, and a mask picks one of two scales.
+The order of the products' inner axis is free, as long as both operands agree. In fragment `m16n8k16` a thread holds
+rows `lane / 4` and 8 more of W, columns `lane / 4` of `x^T`, and four positions of the inner axis: it takes 16 bytes of
+a row in one go, four for each fragment, five planes each. So a thread needs one scale for 16 weights, or two and a mask
+where a group may end among them. Groups shorter than 16 take a scale, or two, for every four.
 
 Rows of P bytes begin at any address; those `CLASSES` apart begin at the same remainder modulo 4. A program takes rows
 of one class, reads from the aligned word before their beginning, and finds activations shifted alike.
@@ -17,7 +19,6 @@ from math import gcd
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import triton
 import triton.language as tl
 
@@ -25,34 +26,35 @@ from arbs_kernels.packed_decode.triton import weight_of
 from arbs_kernels.packed_matmul.reference import precision_of
 from arbs_kernels.triton_launch import check_size, launch, one_by_one
 
-SCALED_PRODUCTS_ROWS = 4
-"""Most rows whose products are scaled, not their weights."""
 FUSED_ROWS = 64
 """Most rows of the fused kernel."""
-GROUPS_AT_ONCE = 8
-"""Columns for the groups of one run; the length of a run is chosen so that they suffice."""
-SHORTEST_RUN = 16
-"""The tensor core's depth: a group shorter than that has no run of its own."""
-SHARED_BYTES = 2**16
-"""Of the activations in flight: every GPU since Ampere has 99 KiB for one program, and several should fit."""
+TILE_BYTES = tl.constexpr(64)
+"""Of a row that a warp takes at once: 16 for each of four threads."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How the fused kernel is cut."""
+    """How the fused kernel is cut; all powers of two but `splits`."""
 
-    rows: int
-    """Rows of W of one program, a power of two."""
-    codes: int
-    """Bytes of a row at once, at most, a power of two."""
-    programs: int = 528
-    """Programs wanted in all: the reduction is split until there are about that many."""
-    num_warps: int = 4
-    num_stages: int = 3
+    row_tiles: int
+    """Times 16 rows of W of one warp, which share what it loads of x."""
+    row_warps: int
+    """Warps side by side along the rows, which meet in the cache what they load of x."""
+    depth_warps: int
+    """Warps that share the reduction; their sums are added within the program."""
+    splits: int = 1
+    """Programs that share the reduction; their sums are added by another kernel."""
+    whole_x: bool = True
+    """Whether x is read as it is where that is possible, not from a copy in the order of fragments."""
 
 
-SCALED_PRODUCTS = Tile(rows=64, codes=128)
-SCALED_WEIGHTS = Tile(rows=128, codes=128)
+def tile_of(M: int) -> Tile:
+    """The tile for so many rows."""
+    if M <= 8:
+        return Tile(row_tiles=1, row_warps=1, depth_warps=8)
+    if M <= 16:
+        return Tile(row_tiles=1, row_warps=2, depth_warps=4, whole_x=False)
+    return Tile(row_tiles=2, row_warps=4, depth_warps=2, splits=3, whole_x=False)
 
 
 def _planes_of_pair(pair: str, half: int) -> str:
@@ -71,32 +73,93 @@ _FIVE_PLANES = tl.constexpr(
     + _planes_of_pair("b", 1)
     + " }"
 )
-
-# Times the first scale where the mask is set, the second elsewhere; the addend -0 makes it a product.
-_SCALED = tl.constexpr(
-    "{ .reg .b32 s, z; mov.b32 z, 0x80008000; lop3.b32 s, $2, $3, $4, 0xCA; fma.rn.bf16x2 $0, $1, s, z; }"
+# Products are fused multiply-adds with -0, which every GPU since Ampere has.
+_SCALED = tl.constexpr("{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }")
+# The first scale where the mask is set, the second elsewhere.
+_PICKED = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xCA;")
+_TWICE = tl.constexpr("cvt.rn.bf16x2.f32 $0, $1, $1;")
+_PRODUCT = tl.constexpr(
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9},"
+    " {$10, $11, $12, $13};"
 )
 
 
 @triton.jit
-def five_planes(codes):
-    """Two times the trits of `codes` uint8, five bfloat16 planes."""
+def five_planes(word):
+    """Two times the trits of four codes in a uint32: ten pairs of bfloat16, two for each plane."""
     return tl.inline_asm_elementwise(
         _FIVE_PLANES,
         "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r",
-        [codes],
-        (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        [word],
+        (tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32),
         is_pure=True,
-        pack=4,
+        pack=1,
     )
 
 
 @triton.jit
-def scaled(digits, first, low, high):
-    """`digits` times `low` where `first` is -1, `high` where it is 0; scales are the bits of bfloat16, all int16."""
+def product(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
+    """`c + a b` of fragments, a warp each; operands are pairs of bfloat16 in uint32, sums float32."""
     return tl.inline_asm_elementwise(
-        _SCALED, "=r,r,r,r,r", [digits, first, low, high], tl.bfloat16, is_pure=True, pack=2
+        _PRODUCT,
+        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+        [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+        (tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=False,
+        pack=1,
     )
+
+
+@triton.jit
+def words_at(trits_ptr, offset, live, P: tl.constexpr, LAST: tl.constexpr):
+    """Sixteen codes from `offset` on, four uint32; 0 past the array."""
+    words = ()
+    if P % 8 == 0:
+        for half in tl.static_range(2):
+            at = offset + 8 * half
+            two = tl.load(trits_ptr.to(tl.pointer_type(tl.uint64)) + at // 8, mask=live & (at < LAST), other=0)
+            words = words + (two.to(tl.uint32), (two >> 32).to(tl.uint32))
+    else:
+        for quarter in tl.static_range(4):
+            at = offset + 4 * quarter
+            one = tl.load(trits_ptr.to(tl.pointer_type(tl.uint32)) + at // 4, mask=live & (at < LAST), other=0)
+            words = words + (one,)
+    return words
+
+
+@triton.jit
+def codes_at(trits_ptr, starts, byte, live, P: tl.constexpr, LAST: tl.constexpr):
+    """`words_at` of every row."""
+    words = ()
+    for row in tl.static_range(len(starts)):
+        words = words + words_at(trits_ptr, starts[row] + byte, live, P, LAST)
+    return words
+
+
+@triton.jit
+def scales_at(scale_ptr, rows, column, R: tl.constexpr, G: tl.constexpr, EXACT: tl.constexpr):
+    """Scales of each of `rows` from `column` on, and of the group after, in both halves of a uint32."""
+    group = tl.maximum(column, 0) // G
+    pairs = ()
+    for row in tl.static_range(len(rows)):
+        for after in tl.static_range(1 if EXACT else 2):
+            one = tl.load(scale_ptr + rows[row] * R + tl.minimum(group + after, R - 1))
+            twice = tl.inline_asm_elementwise(_TWICE, "=r,r", [one], tl.uint32, is_pure=True, pack=1)
+            pairs = pairs + (twice,)
+    return pairs
+
+
+@triton.jit
+def scaled(pair, place: tl.constexpr, row: tl.constexpr, scales, left, EXACT: tl.constexpr):
+    """A pair of weights: twice its trits times its scale; its first is at `place`, the first group ends at `left`."""
+    if EXACT:
+        scale = scales[row]
+    else:
+        first = tl.where(place < left, 0xFFFF, 0) | tl.where(place + 1 < left, -65536, 0)
+        scale = tl.inline_asm_elementwise(
+            _PICKED, "=r,r,r,r", [first, scales[2 * row], scales[2 * row + 1]], tl.uint32, is_pure=True, pack=1
+        )
+    return tl.inline_asm_elementwise(_SCALED, "=r,r,r", [pair, scale], tl.uint32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -109,144 +172,163 @@ def few_rows(
     P: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
+    M: tl.constexpr,
     CLASSES: tl.constexpr,
     BLOCKS: tl.constexpr,
     TILES: tl.constexpr,
     TILES_EACH: tl.constexpr,
-    M: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BYTES: tl.constexpr,
+    WHOLE_X: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    ROW_WARPS: tl.constexpr,
+    DEPTH_WARPS: tl.constexpr,
 ):
-    """Part of `y`, float32 (splits, M, BLOCKS*ROWS*CLASSES), of one block of rows and some tiles of bytes.
+    """Part of `y` (splits, M, N) of one block of rows and some tiles of bytes.
 
-    x: bfloat16 (CLASSES, 5, TILES, M * max(GROUPS, 1), BYTES); scale: float32 (N, R) where products are scaled, else
-    int32 (R, CLASSES, BLOCKS*ROWS), half of two adjacent groups' scales in bfloat16.
+    x: bfloat16 (M, 5 P) if WHOLE_X, else what `fragments` makes; scale: float32 (N, R). A warp takes `TILES_EACH` tiles,
+    one after another; what it decodes past the end of a row meets zeros of x.
     """
-    WIDTH: tl.constexpr = M * max(GROUPS, 1)
-    LOCAL: tl.constexpr = BLOCKS * ROWS
+    BLOCKS_OF_8: tl.constexpr = (M + 7) // 8
+    UNIT: tl.constexpr = 16 if G >= 16 else 4
+    EXACT: tl.constexpr = (P % UNIT == 0) & (G % UNIT == 0)
+    LAST: tl.constexpr = (N * P + 3) // 4 * 4
+    thread = tl.arange(0, 32 * ROW_WARPS * DEPTH_WARPS)
+    lane = thread % 32
+    depth = thread // 32 % DEPTH_WARPS
     member = tl.program_id(0) // BLOCKS
-    local = tl.program_id(0) % BLOCKS * ROWS + tl.arange(0, ROWS)
-    inner = tl.minimum(local, (N - 1 - member) // CLASSES)
-    row = member + CLASSES * inner
-    start = member * P // 4 * 4 + inner * (CLASSES * P)
+    block = tl.program_id(0) % BLOCKS * (16 * ROW_TILES * ROW_WARPS)
     phase = member * P % 4
-    at = tl.arange(0, BYTES)
-    across = tl.arange(0, WIDTH)
-    last: tl.constexpr = (N * P + 3) // 4 * 4
-    total = tl.zeros((ROWS, WIDTH), tl.float32)
-    first_tile = tl.program_id(1) * TILES_EACH
-    for tile in range(first_tile, tl.minimum(first_tile + TILES_EACH, TILES)):
-        offset = start[:, None] + (tile * BYTES + at)[None, :]
-        planes = five_planes(tl.load(trits_ptr + offset, mask=offset < last, other=0))
-        for plane in tl.static_range(5):
-            run = ((member * 5 + plane) * TILES + tile) * (WIDTH * BYTES)
-            x = tl.load(x_ptr + run + across[None, :] * BYTES + at[:, None])
-            column = plane * P + tile * BYTES - phase
-            group = tl.maximum(column, 0) // G
-            if GROUPS > 0:
-                products = tl.dot(planes[plane], x)
-                theirs = tl.minimum(group + across % GROUPS, R - 1)
-                scale = tl.load(scale_ptr + row[:, None] * R + theirs[None, :])
-                total += products * scale.to(tl.bfloat16).to(tl.float32)
-            else:
-                pair = tl.load(scale_ptr + (tl.minimum(group, R - 1) * CLASSES + member) * LOCAL + local)
-                low = (pair & 0xFFFF).to(tl.int16)
-                high = (pair >> 16).to(tl.int16)
-                first = tl.where(at < (group + 1) * G - column, -1, 0).to(tl.int16)
-                weight = scaled(planes[plane], first[None, :], low[:, None], high[:, None])
-                total = tl.dot(weight, x, total)
-    out = y_ptr + (tl.program_id(1) * M).to(tl.int64) * (CLASSES * LOCAL) + (member + CLASSES * local)[:, None]
-    if GROUPS > 0:
-        total = 0.5 * tl.sum(tl.reshape(total, (ROWS, M, GROUPS)), axis=2)
-    tl.store(out + tl.arange(0, M)[None, :] * (CLASSES * LOCAL), total)
+    local = block + thread // (32 * DEPTH_WARPS) * (16 * ROW_TILES) + lane // 4
+    starts = ()
+    rows = ()
+    for each in tl.static_range(2 * ROW_TILES):
+        inner = tl.minimum(local + 8 * each, (N - 1 - member) // CLASSES)
+        starts = starts + (member * P // 4 * 4 + inner * (CLASSES * P),)
+        rows = rows + (member + CLASSES * inner,)
+    total = ()
+    for _ in tl.static_range(4 * ROW_TILES * BLOCKS_OF_8):
+        total = total + (tl.zeros_like(lane).to(tl.float32),)
+
+    first_tile = (tl.program_id(1) * DEPTH_WARPS + depth) * TILES_EACH
+    x64 = x_ptr.to(tl.pointer_type(tl.uint64))
+    byte = first_tile * TILE_BYTES + lane % 4 * 16
+    words = codes_at(trits_ptr, starts, byte, byte < P + 3, P, LAST)
+    for step in range(TILES_EACH):
+        tile = first_tile + step
+        byte = tile * TILE_BYTES + lane % 4 * 16
+        ahead = (byte + TILE_BYTES < P + 3) & (step + 1 < TILES_EACH)
+        next_words = codes_at(trits_ptr, starts, byte + TILE_BYTES, ahead, P, LAST)
+        scales = ()
+        if UNIT == 16:
+            for plane in tl.static_range(5):
+                scales = scales + (scales_at(scale_ptr, rows, plane * P + byte - phase, R, G, EXACT),)
+        for word in tl.static_range(4):
+            pairs = ()
+            for each in tl.static_range(2 * ROW_TILES):
+                pairs = pairs + (five_planes(words[4 * each + word]),)
+            for plane in tl.static_range(5):
+                column = plane * P + byte - phase
+                if UNIT == 16:
+                    own = scales[plane]
+                else:
+                    column += 4 * word
+                    own = scales_at(scale_ptr, rows, column, R, G, EXACT)
+                left = (tl.maximum(column, 0) // G + 1) * G - column
+                weights = ()
+                for each in tl.static_range(2 * ROW_TILES):
+                    low = scaled(pairs[each][2 * plane], 4 * word % UNIT, each, own, left, EXACT)
+                    high = scaled(pairs[each][2 * plane + 1], 4 * word % UNIT + 2, each, own, left, EXACT)
+                    weights = weights + (low, high)
+                sums = ()
+                for eight in tl.static_range(BLOCKS_OF_8):
+                    if WHOLE_X:
+                        m = eight * 8 + lane // 4
+                        at = (m * (5 * P) + plane * P + byte) // 4 + word
+                        x = tl.load(x64 + at, mask=(m < M) & (byte < P), other=0)
+                    else:
+                        run = ((member * 5 + plane) * TILES + tile) * BLOCKS_OF_8 + eight
+                        x = tl.load(x64 + (run * 4 + word) * 32 + lane)
+                    b0 = x.to(tl.uint32)
+                    b1 = (x >> 32).to(tl.uint32)
+                    for t in tl.static_range(ROW_TILES):
+                        sums = sums + product(
+                            weights[4 * t],
+                            weights[4 * t + 2],
+                            weights[4 * t + 1],
+                            weights[4 * t + 3],
+                            b0,
+                            b1,
+                            total[4 * (eight * ROW_TILES + t)],
+                            total[4 * (eight * ROW_TILES + t) + 1],
+                            total[4 * (eight * ROW_TILES + t) + 2],
+                            total[4 * (eight * ROW_TILES + t) + 3],
+                        )
+                total = sums
+        words = next_words
+
+    lane_ = tl.arange(0, 32)[None, :]
+    row_ = block + tl.arange(0, ROW_WARPS)[:, None] * (16 * ROW_TILES) + lane_ // 4
+    out = y_ptr + tl.program_id(1) * (M * N)
+    for part in tl.static_range(4 * ROW_TILES * BLOCKS_OF_8):
+        value = tl.sum(tl.reshape(total[part], (ROW_WARPS, DEPTH_WARPS, 32)), axis=1) * 0.5
+        m = part // (4 * ROW_TILES) * 8 + lane_ % 4 * 2 + part % 2
+        n = member + CLASSES * (row_ + part // 4 % ROW_TILES * 16 + part % 4 // 2 * 8)
+        tl.store(out + m * N + n, value.to(y_ptr.dtype.element_ty), mask=(m < M) & (n < N))
 
 
-def run_length(group_size: int, width: int, scaled_products: bool, tile: Tile) -> int:
-    """Bytes at once: a run of so many columns touches `GROUPS_AT_ONCE` groups at most, two where weights are scaled."""
+def fragments(x: jax.Array, P: int, classes: int, tiles: int) -> jax.Array:
+    """Activations `(M, K)` in the order that threads read them, `(classes, 5, tiles, ceil(M/8), 4, 8, 4, 4)`.
 
-    def fits(length: int) -> bool:
-        shared = tile.num_stages * 5 * width * length * 2 <= SHARED_BYTES
-        return shared and (
-            (length - 1) // group_size + 2 <= GROUPS_AT_ONCE if scaled_products else length <= group_size
-        )
-
-    length = tile.codes
-    while length > SHORTEST_RUN and not fits(length):
-        length //= 2
-    return length
-
-
-def is_fused(M: int, group_size: int, dtype: jnp.dtype) -> bool:
-    """Whether the fused kernel takes so many rows."""
-    most = FUSED_ROWS if group_size >= SHORTEST_RUN else SCALED_PRODUCTS_ROWS
-    return most >= M and dtype == jnp.bfloat16
-
-
-def runs_of_activations(x: jax.Array, P: int, G: int, classes: int, tiles: int, length: int, groups: int) -> jax.Array:
-    """Activations `(M, K)` as the fused kernel meets them, `(classes, 5, tiles, M * max(groups, 1), length)`."""
+    The last axes are the word, the row of x, the thread's bytes, and their position in the word.
+    """
     M, K = x.shape
-    phase = (np.arange(classes) * P % 4)[:, None, None, None]
-    plane = jnp.arange(5)[:, None, None] * P
-    byte = jnp.arange(tiles)[:, None] * length + jnp.arange(length) - phase
-    column = plane + byte
-    inside = (byte >= 0) & (byte < P) & (column < K)
-    runs = jnp.where(inside[..., None, :], jnp.moveaxis(x[:, jnp.clip(column, 0, K - 1)], 0, -2), jnp.bfloat16(0))
-    if not groups:
-        return runs
-    first = jnp.maximum(column[..., :1], 0) // G
-    own = (column // G - first)[..., None, :] == jnp.arange(groups)[:, None]
-    each = jnp.where(own[..., None, :, :], runs[..., :, None, :], jnp.bfloat16(0))
-    return each.reshape(*each.shape[:3], M * groups, length)
-
-
-def pairs_of_scales(scale: jax.Array, classes: int, local: int) -> jax.Array:
-    """Half of each scale and of the next group's in bfloat16, `int32 (R, classes, local)`, rows by class."""
-    N, R = scale.shape
-    half = jax.lax.bitcast_convert_type((scale * 0.5).astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    pair = half | (jnp.concatenate([half[:, 1:], half[:, -1:]], axis=1) << 16)
-    pair = jnp.pad(pair, ((0, classes * local - N), (0, 0))).reshape(local, classes, R)
-    return jax.lax.bitcast_convert_type(pair.transpose(2, 1, 0), jnp.int32)
+    blocks = triton.cdiv(M, 8)
+    planes = jnp.pad(x, ((0, 8 * blocks - M), (0, 5 * P - K))).reshape(8 * blocks, 5, P)
+    room = tiles * TILE_BYTES.value - P
+    phases = [member * P % 4 for member in range(classes)]
+    shifted = jnp.stack([jnp.pad(planes, ((0, 0), (0, 0), (phase, room - phase))) for phase in phases])
+    return shifted.reshape(classes, blocks, 8, 5, tiles, 4, 4, 4).transpose(0, 3, 4, 1, 6, 2, 5, 7)
 
 
 def fused(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int, tile: Tile | None = None) -> jax.Array:
     """`y = x W^T` for few rows of bfloat16."""
-    M, (N, P), R = x.shape[0], trits.shape, scale.shape[1]
-    scaled_products = M <= SCALED_PRODUCTS_ROWS
-    tile = tile or (SCALED_PRODUCTS if scaled_products else SCALED_WEIGHTS)
-    groups = GROUPS_AT_ONCE if scaled_products else 0
-    padded = triton.next_power_of_2(M) if scaled_products else max(16, triton.next_power_of_2(M))
-    length = run_length(group_size, padded * max(groups, 1), scaled_products, tile)
+    (M, K), (N, P), R = x.shape, trits.shape, scale.shape[1]
+    tile = tile or tile_of(M)
     classes = min(4 // gcd(P, 4), N)
-    tiles = triton.cdiv(P + (3 if classes > 1 else 0), length)
-    blocks = triton.cdiv(triton.cdiv(N, classes), tile.rows)
-    each = triton.cdiv(tiles, max(1, tile.programs // (classes * blocks)))
-    splits = triton.cdiv(tiles, each)
-    local = blocks * tile.rows
-    x = jnp.pad(x, ((0, padded - M), (0, 0)))
+    needed = triton.cdiv(P + (3 if classes > 1 else 0), TILE_BYTES.value)
+    blocks = triton.cdiv(triton.cdiv(N, classes), 16 * tile.row_tiles * tile.row_warps)
+    each = triton.cdiv(needed, tile.splits * tile.depth_warps)
+    splits = triton.cdiv(needed, each * tile.depth_warps)
+    tiles = each * tile.depth_warps * splits
+    whole_x = tile.whole_x and K == 5 * P and P % 16 == 0
     parts = launch(
         few_rows,
-        runs_of_activations(x, P, group_size, classes, tiles, length, groups),
+        x if whole_x else fragments(x, P, classes, tiles),
         trits,
-        scale if scaled_products else pairs_of_scales(scale, classes, local),
-        out=jax.ShapeDtypeStruct((splits, padded, local * classes), jnp.float32),
+        scale,
+        out=jax.ShapeDtypeStruct((splits, M, N), x.dtype if splits == 1 else jnp.float32),
         grid=(classes * blocks, splits),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_warps=tile.row_warps * tile.depth_warps,
+        num_stages=1,
         N=N,
         P=P,
         R=R,
         G=group_size,
+        M=M,
         CLASSES=classes,
         BLOCKS=blocks,
         TILES=tiles,
         TILES_EACH=each,
-        M=padded,
-        GROUPS=groups,
-        ROWS=tile.rows,
-        BYTES=length,
+        WHOLE_X=whole_x,
+        ROW_TILES=tile.row_tiles,
+        ROW_WARPS=tile.row_warps,
+        DEPTH_WARPS=tile.depth_warps,
     )
-    return jnp.sum(parts[:, :M, :N], axis=0).astype(x.dtype)
+    return parts[0] if splits == 1 else jnp.sum(parts, axis=0).astype(x.dtype)
+
+
+def is_fused(M: int, dtype: jnp.dtype) -> bool:
+    """Whether the fused kernel takes so many rows."""
+    return M <= FUSED_ROWS and dtype == jnp.bfloat16
 
 
 def dense(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) -> jax.Array:
@@ -259,7 +341,7 @@ def forward(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int
     """See `api.packed_matmul`."""
     check_size("packed_matmul", "trits", trits)
     check_size("packed_matmul", "scale", scale)
-    chosen = fused if is_fused(x.shape[0], group_size, x.dtype) else dense
+    chosen = fused if is_fused(x.shape[0], x.dtype) else dense
     return one_by_one(chosen, x, trits, scale, group_size=group_size)
 
 
