@@ -157,7 +157,7 @@ def times(N: int, all_tiles: bool, G: int = 32) -> None:
     run = partial(decode_triton.weight_of, dtype=jnp.float32, **wide)
     timed(f"{N}: decode float32", run, matrices, written + N * K * 2, "TB/s")
     for M in (1, 16, 64, 1024, 4096):
-        products(N, M, G, matrices, weights, all_tiles)
+        products(N, M, G, matrices, weights)
     for M in (4096, 16384):
         scores(N, M, G, matrices, all_tiles and M == 4096)
 
@@ -167,26 +167,13 @@ def normal(key: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(key), shape, jnp.bfloat16)
 
 
-def products(N: int, M: int, G: int, matrices: Sequence[tuple], weights: Sequence[tuple], all_tiles: bool) -> None:
+def products(N: int, M: int, G: int, matrices: Sequence[tuple], weights: Sequence[tuple]) -> None:
     """Both products of M rows."""
     flops = 2.0 * M * N * N
     x = normal(M, M, N)
     timed(f"{N}: M={M} jnp.dot", lambda x, w: jnp.dot(x, w.T), [(x, w) for (w,) in weights], flops, "TFLOP/s")
     sets = [(x, *both) for both in matrices]
-    if matmul_triton.is_fused(M, G, x.dtype):
-        base = (
-            matmul_triton.SCALED_PRODUCTS if M <= matmul_triton.SCALED_PRODUCTS_ROWS else matmul_triton.SCALED_WEIGHTS
-        )
-        tiles = [base, replace(base, programs=264), replace(base, programs=1056), replace(base, num_stages=2)]
-        tiles += [replace(base, rows=192 - base.rows), replace(base, codes=64), replace(base, num_warps=8)]
-        for tile in tiles[: len(tiles) if all_tiles else 1]:
-            run = partial(matmul_triton.fused, group_size=G, tile=tile)
-            timed(f"{N}: M={M} forward, {describe(tile, base)}", run, sets, flops, "TFLOP/s")
-    else:
-        timed(f"{N}: M={M} forward", partial(matmul_triton.forward, group_size=G), sets, flops, "TFLOP/s")
-    if M == 16:
-        run = partial(matmul_triton.pairs_of_scales, classes=1, local=N)
-        timed(f"{N}: scales prepared for M={M}", run, [both[1:] for both in matrices], 8.0 * N * N / G, "TB/s")
+    timed(f"{N}: M={M} forward", partial(matmul_triton.forward, group_size=G), sets, flops, "TFLOP/s")
     run = partial(matmul_triton.input_gradient, in_features=N, group_size=G)
     timed(f"{N}: M={M} input gradient", run, sets, flops, "TFLOP/s")
 

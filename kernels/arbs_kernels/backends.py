@@ -1,7 +1,7 @@
 """What this machine can run: the device that computations go to by default, and what each backend needs of it.
 
-"mosaic_gpu" kernels are Pallas kernels with Hopper's own instructions, which later GPUs lack; inside `interpreted()` they run anywhere, slowly,
-for tests. "triton" kernels go through jax-triton, for NVIDIA Ampere and later.
+"mosaic_gpu" kernels are Pallas kernels with Hopper's own instructions, which later GPUs lack; inside `interpreted()`
+they run anywhere, slowly, for tests. "triton" kernels go through jax-triton, for NVIDIA Ampere and later.
 """
 
 import contextlib

@@ -1,9 +1,10 @@
 """Packed products by Triton kernels: few rows of bfloat16 activations straight from the bytes, many through the weight.
 
-The fused kernel computes `y^T = W x^T` with weights as the first operand of the tensor core's 16 x 8 x 16 product, which
-each warp issues by itself (`mma.sync`) on weights that it decoded in its own registers: two bytes cost 15 instructions
-for ten weights (`arbs_kernels.packed_decode.triton` has the arithmetic). No shared memory, no barrier and no wait until
-the end, so many warps hide each other's loads. Every tensor has one element for each thread of the program.
+The fused kernel computes `y^T = W x^T` with weights as the first operand of the tensor core's 16 x 8 x 16 product,
+which each warp issues by itself (`mma.sync`) on weights that it decoded in its own registers: two bytes cost 15
+instructions for ten weights (`arbs_kernels.packed_decode.triton` has the arithmetic). No shared memory, no barrier and
+no wait until the end, so many warps hide each other's loads. Every tensor has one element for each thread of the
+program: that is the one layout in which an instruction of a whole warp finds its operands.
 
 The order of the products' inner axis is free, as long as both operands agree. In fragment `m16n8k16` a thread holds
 rows `lane / 4` and 8 more of W, columns `lane / 4` of `x^T`, and four positions of the inner axis: it takes 16 bytes of
@@ -13,6 +14,8 @@ where a group may end among them. Groups shorter than 16 take a scale, or two, f
 Rows of P bytes begin at any address; those `CLASSES` apart begin at the same remainder modulo 4. A program takes rows
 of one class, reads from the aligned word before their beginning, and finds activations shifted alike.
 """
+
+# ruff: noqa: RUF005  Triton's compiler knows no unpacking.
 
 from dataclasses import dataclass
 from math import gcd
@@ -51,10 +54,10 @@ class Tile:
 def tile_of(M: int) -> Tile:
     """The tile for so many rows."""
     if M <= 8:
-        return Tile(row_tiles=1, row_warps=1, depth_warps=8)
+        return Tile(row_tiles=1, row_warps=1, depth_warps=4)
     if M <= 16:
         return Tile(row_tiles=1, row_warps=2, depth_warps=4, whole_x=False)
-    return Tile(row_tiles=2, row_warps=4, depth_warps=2, splits=3, whole_x=False)
+    return Tile(row_tiles=1, row_warps=8, depth_warps=1, splits=6, whole_x=False)
 
 
 def _planes_of_pair(pair: str, half: int) -> str:
@@ -184,8 +187,8 @@ def few_rows(
 ):
     """Part of `y` (splits, M, N) of one block of rows and some tiles of bytes.
 
-    x: bfloat16 (M, 5 P) if WHOLE_X, else what `fragments` makes; scale: float32 (N, R). A warp takes `TILES_EACH` tiles,
-    one after another; what it decodes past the end of a row meets zeros of x.
+    x: bfloat16 (M, 5 P) if WHOLE_X, else what `fragments` makes; scale: float32 (N, R). A warp takes `TILES_EACH`
+    tiles, one after another; what it decodes past the end of a row meets zeros of x.
     """
     BLOCKS_OF_8: tl.constexpr = (M + 7) // 8
     UNIT: tl.constexpr = 16 if G >= 16 else 4
@@ -265,14 +268,17 @@ def few_rows(
                 total = sums
         words = next_words
 
-    lane_ = tl.arange(0, 32)[None, :]
-    row_ = block + tl.arange(0, ROW_WARPS)[:, None] * (16 * ROW_TILES) + lane_ // 4
     out = y_ptr + tl.program_id(1) * (M * N)
+    if DEPTH_WARPS > 1:
+        lane = tl.arange(0, 32)[None, :]
+        local = block + tl.arange(0, ROW_WARPS)[:, None] * (16 * ROW_TILES) + lane // 4
     for part in tl.static_range(4 * ROW_TILES * BLOCKS_OF_8):
-        value = tl.sum(tl.reshape(total[part], (ROW_WARPS, DEPTH_WARPS, 32)), axis=1) * 0.5
-        m = part // (4 * ROW_TILES) * 8 + lane_ % 4 * 2 + part % 2
-        n = member + CLASSES * (row_ + part // 4 % ROW_TILES * 16 + part % 4 // 2 * 8)
-        tl.store(out + m * N + n, value.to(y_ptr.dtype.element_ty), mask=(m < M) & (n < N))
+        value = total[part]
+        if DEPTH_WARPS > 1:
+            value = tl.sum(tl.reshape(value, (ROW_WARPS, DEPTH_WARPS, 32)), axis=1)
+        m = part // (4 * ROW_TILES) * 8 + lane % 4 * 2 + part % 2
+        n = member + CLASSES * (local + part // 4 % ROW_TILES * 16 + part % 4 // 2 * 8)
+        tl.store(out + m * N + n, (value * 0.5).to(y_ptr.dtype.element_ty), mask=(m < M) & (n < N))
 
 
 def fragments(x: jax.Array, P: int, classes: int, tiles: int) -> jax.Array:
@@ -289,41 +295,75 @@ def fragments(x: jax.Array, P: int, classes: int, tiles: int) -> jax.Array:
     return shifted.reshape(classes, blocks, 8, 5, tiles, 4, 4, 4).transpose(0, 3, 4, 1, 6, 2, 5, 7)
 
 
-def fused(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int, tile: Tile | None = None) -> jax.Array:
-    """`y = x W^T` for few rows of bfloat16."""
-    (M, K), (N, P), R = x.shape, trits.shape, scale.shape[1]
-    tile = tile or tile_of(M)
+@dataclass(frozen=True)
+class Cut:
+    """A tile on one shape."""
+
+    tile: Tile
+    classes: int
+    blocks: int
+    """Programs along the rows of one class."""
+    each: int
+    """Tiles of one warp."""
+    tiles: int
+    """Of a row, with those that only fill up."""
+    splits: int
+
+
+def cut_of(N: int, P: int, tile: Tile) -> Cut:
+    """How `tile` cuts a matrix."""
     classes = min(4 // gcd(P, 4), N)
-    needed = triton.cdiv(P + (3 if classes > 1 else 0), TILE_BYTES.value)
     blocks = triton.cdiv(triton.cdiv(N, classes), 16 * tile.row_tiles * tile.row_warps)
+    needed = triton.cdiv(P + (3 if classes > 1 else 0), TILE_BYTES.value)
     each = triton.cdiv(needed, tile.splits * tile.depth_warps)
     splits = triton.cdiv(needed, each * tile.depth_warps)
-    tiles = each * tile.depth_warps * splits
-    whole_x = tile.whole_x and K == 5 * P and P % 16 == 0
-    parts = launch(
+    return Cut(tile, classes, blocks, each, each * tile.depth_warps * splits, splits)
+
+
+def partial_products(
+    x: jax.Array, trits: jax.Array, scale: jax.Array, *, M: int, group_size: int, cut: Cut, whole_x: bool
+) -> jax.Array:
+    """`(splits, M, N)`, float32, or bfloat16 where there is one split; `x` as `few_rows` takes it."""
+    N, P = trits.shape
+    return launch(
         few_rows,
-        x if whole_x else fragments(x, P, classes, tiles),
+        x,
         trits,
         scale,
-        out=jax.ShapeDtypeStruct((splits, M, N), x.dtype if splits == 1 else jnp.float32),
-        grid=(classes * blocks, splits),
-        num_warps=tile.row_warps * tile.depth_warps,
+        out=jax.ShapeDtypeStruct((cut.splits, M, N), x.dtype if cut.splits == 1 else jnp.float32),
+        grid=(cut.classes * cut.blocks, cut.splits),
+        num_warps=cut.tile.row_warps * cut.tile.depth_warps,
         num_stages=1,
         N=N,
         P=P,
-        R=R,
+        R=scale.shape[1],
         G=group_size,
         M=M,
-        CLASSES=classes,
-        BLOCKS=blocks,
-        TILES=tiles,
-        TILES_EACH=each,
+        CLASSES=cut.classes,
+        BLOCKS=cut.blocks,
+        TILES=cut.tiles,
+        TILES_EACH=cut.each,
         WHOLE_X=whole_x,
-        ROW_TILES=tile.row_tiles,
-        ROW_WARPS=tile.row_warps,
-        DEPTH_WARPS=tile.depth_warps,
+        ROW_TILES=cut.tile.row_tiles,
+        ROW_WARPS=cut.tile.row_warps,
+        DEPTH_WARPS=cut.tile.depth_warps,
     )
-    return parts[0] if splits == 1 else jnp.sum(parts, axis=0).astype(x.dtype)
+
+
+def sum_of_splits(parts: jax.Array) -> jax.Array:
+    """`(M, N)` bfloat16 of `(splits, M, N)`."""
+    return jnp.sum(parts, axis=0, dtype=jnp.float32).astype(jnp.bfloat16)
+
+
+def fused(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int, tile: Tile | None = None) -> jax.Array:
+    """`y = x W^T` for few rows of bfloat16."""
+    (M, K), (N, P) = x.shape, trits.shape
+    tile = tile or tile_of(M)
+    cut = cut_of(N, P, tile)
+    whole_x = tile.whole_x and K == 5 * P and P % 16 == 0
+    x = x if whole_x else fragments(x, P, cut.classes, cut.tiles)
+    parts = partial_products(x, trits, scale, M=M, group_size=group_size, cut=cut, whole_x=whole_x)
+    return parts[0] if cut.splits == 1 else sum_of_splits(parts)
 
 
 def is_fused(M: int, dtype: jnp.dtype) -> bool:
