@@ -79,11 +79,14 @@ class Sweep:
             saved.append(kept)
         return saved, jnp.mean(carry)
 
-    def _stacked_forward(self, stage: Stage, stack: Any, carry: Carry, batch: Any) -> tuple[Carry, Any]:
-        """(the carry after all layers, what their backward needs, stacked).
+    def _stacked_forward(
+        self, stage: Stage, stack: Any, carry: Carry, batch: Any
+    ) -> tuple[Carry, Callable[[jax.Array], Any]]:
+        """(the carry after all layers, a function from a layer's index to what its backward needs).
 
         What is kept is written into memory that nothing has filled, where a scan that stacks its outputs would first
-        write zeros to all of it; and what several products keep, such as the input of three, is written once.
+        write zeros to all of it; what several products keep, such as the input of three, is written once; and a value
+        lies flat, lest the compiler give the two loops different layouts and turn whole stacks round between them.
         """
         (name,) = stage.keys
         layers = jax.tree.leaves(stack)[0].shape[0]
@@ -103,15 +106,21 @@ class Sweep:
             index, carry, room = state
             carry, kept = layer(carry, index)
             filled = jax.tree.map(
-                lambda whole, own: jax.lax.dynamic_update_index_in_dim(whole, own, index, 0), room, kept
+                lambda whole, own: jax.lax.dynamic_update_index_in_dim(whole, own.reshape(-1), index, 0), room, kept
             )
             return index + 1, carry, filled
 
         start = jnp.int32(0)
         shapes = jax.eval_shape(layer, carry, start)[1]
-        room = [jax.lax.empty((layers, *leaf.shape), leaf.dtype) for leaf in shapes]
+        room = [jax.lax.empty((layers, leaf.size), leaf.dtype) for leaf in shapes]
         _, carry, room = jax.lax.while_loop(lambda state: state[0] < layers, put, (start, carry, room))
-        return carry, jax.tree.unflatten(structure, [room[place] for place in places])
+
+        def kept_by(index: jax.Array) -> Any:
+            own = [jax.lax.dynamic_index_in_dim(whole, index, keepdims=False) for whole in room]
+            shaped = [value.reshape(leaf.shape) for value, leaf in zip(own, shapes, strict=True)]
+            return jax.tree.unflatten(structure, [shaped[place] for place in places])
+
+        return carry, kept_by
 
     def _backward(
         self, ternary: Subtrees, saved: list[Any], batch: Any, step: jax.Array, key: jax.Array, moves: jax.Array
@@ -148,7 +157,7 @@ class Sweep:
         self,
         stage: Stage,
         stack: Any,
-        saved: Any,
+        kept_by: Callable[[jax.Array], Any],
         cotangent: Carry,
         batch: Any,
         step: jax.Array,
@@ -166,7 +175,7 @@ class Sweep:
 
         def layer(cotangent: Carry, entry: tuple[jax.Array, Any]) -> tuple[Carry, Any]:
             index, subtree = entry
-            kept = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), saved)
+            kept = kept_by(index)
             cotangent, votes = self._micro_backward(
                 stage, {name: subtree}, kept, cotangent, batch, step, _layer_key(key, index), cast=not sole
             )
