@@ -116,8 +116,8 @@ class TestMosaicGpu(CorrelationScore):
     )
     def test_tiles(self, tiles):
         rng = np.random.default_rng(13)
-        matrix = random_matrix(rng, 300, 1300, 32)
-        x, dy = rng.integers(-2, 3, (70, 1300)), rng.integers(-2, 3, (70, 300))
+        matrix = random_matrix(rng, 300, 1440, 32)  # 288 codes a row: tiles cross from one plane into the next
+        x, dy = rng.integers(-2, 3, (70, 1440)), rng.integers(-2, 3, (70, 300))
         run = jax.jit(functools.partial(mosaic_gpu.score, group_size=32, tiles=tiles))
         score = run(jnp.asarray(x, jnp.bfloat16), jnp.asarray(dy, jnp.bfloat16), matrix.trits)
         np.testing.assert_array_equal(score, score_by_hand(dy.T @ x, matrix.dense_trits, 32))
@@ -135,6 +135,13 @@ class TestMosaicGpu(CorrelationScore):
     def test_refuses_float32(self):
         with pytest.raises(UnsupportedError, match="'mosaic_gpu' takes bfloat16, got float32; pass 'triton' or 'xla'"):
             refused(implementation="mosaic_gpu")
+
+    def test_refuses_rows_whose_tiles_begin_at_odd_codes(self):
+        x, dy = jnp.ones((2, 1300), jnp.bfloat16), jnp.ones((2, 3), jnp.bfloat16)
+        with pytest.raises(
+            UnsupportedError, match=r"multiples of 16, got K=1300 of P=260 bytes; pass 'triton' or 'xla'"
+        ):
+            mosaic_gpu.score(x, dy, jnp.zeros((3, 260), jnp.uint8), group_size=32)
 
     def test_refuses_a_tile_that_does_not_fit(self):
         x, dy = jnp.ones((2, 10), jnp.bfloat16), jnp.ones((2, 3), jnp.bfloat16)

@@ -31,6 +31,8 @@ SWIZZLE = 128
 """Bytes of a row of operands in shared memory."""
 WIDTH = SWIZZLE // 2
 """Columns of bfloat16 in such a row; tiles begin at its multiples."""
+ALIGNED = 16
+"""Codes of a row that a tile begins at are a multiple of this."""
 CODES_AT_END = 16
 """Codes of a row that are kept apart from the others of their tile."""
 
@@ -234,6 +236,13 @@ def score(
         raise UnsupportedError(
             f"correlation_score: {tile} needs {shared_bytes(tile)} bytes of shared memory, more than {SHARED_BYTES}; "
             "pass fewer steps"
+        )
+    K, P = x.shape[1], trits.shape[1]
+    if any(left % P % ALIGNED for left in range(0, K, tile.columns)):
+        # On an H200 such a copy (K = 10003) ended in an illegal instruction; the simulator has nothing against it.
+        raise UnsupportedError(
+            f"correlation_score: implementation 'mosaic_gpu' takes rows whose tiles of {tile.columns} columns begin at "
+            f"codes that are multiples of {ALIGNED}, got K={K} of P={P} bytes; pass 'triton' or 'xla'"
         )
     return one_by_one(score_of, x, dy, trits, group_size=group_size, tile=tile)
 
