@@ -17,6 +17,7 @@ from arbs_kernels.selection import Implementation, UnsupportedError
 SMALL = ("--shapes", "2x3x5g4")
 
 
+@pytest.mark.slow
 def test_the_defaults_time_every_operator(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "bench.json"
     assert call("bench", "--json", path) == 0

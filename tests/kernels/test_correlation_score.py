@@ -109,6 +109,7 @@ class TestMosaicGpu(CorrelationScore):
         with contextlib.nullcontext() if backends.compute_capability() else backends.interpreted():
             yield
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "tiles",
         [{"by_rows": False}, {"rows": 256, "columns": 128}, {"cluster": True}, {"steps": 2, "depth": 128, "band": 1}],
