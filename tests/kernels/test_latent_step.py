@@ -59,15 +59,15 @@ class LatentStep:
 
     def test_padding_keeps_the_trit_zero(self):
         v = np.full((3, 7), latents.half_range(5))
-        _, trits = self.run(jnp.full((3, 7), -9.0), v, 5)
+        _, trits = self.run(jnp.full((3, 7), -9.0, jnp.float32), v, 5)
         whole = np.asarray(latents.decode(trits, None, 10))
         np.testing.assert_array_equal(whole[:, 7:], 0)
         np.testing.assert_array_equal(whole[:, :7], 1)
 
     def test_no_direction_or_no_rate_is_no_step(self):
         v = np.arange(-121, 122)[None, :]
-        np.testing.assert_array_equal(self.run(jnp.zeros((1, 243)), v, 5)[0], v)
-        np.testing.assert_array_equal(self.run(jnp.ones((1, 243)), v, 5, rate=0.0)[0], v)
+        np.testing.assert_array_equal(self.run(jnp.zeros((1, 243), jnp.float32), v, 5)[0], v)
+        np.testing.assert_array_equal(self.run(jnp.ones((1, 243), jnp.float32), v, 5, rate=0.0)[0], v)
 
     def test_mapped_matrices_move_as_they_would_alone(self):
         rng = np.random.default_rng(3)
@@ -102,7 +102,7 @@ class TestTriton(LatentStep):
 def arguments(**changes):
     trits, residual = packed(np.zeros((2, 11)), 3)
     scalars = {"norm": jnp.float32(1), "rate": jnp.float32(1), "seed": jnp.uint32(0), "offset": jnp.uint32(0)}
-    plain = {"direction": jnp.zeros((2, 11)), "trits": trits, "residual": residual, "power": 1.0}
+    plain = {"direction": jnp.zeros((2, 11), jnp.float32), "trits": trits, "residual": residual, "power": 1.0}
     return plain | scalars | changes
 
 
@@ -113,7 +113,7 @@ def arguments(**changes):
             {"direction": jnp.zeros((2, 11), jnp.int8)},
             r"direction must be float32 or bfloat16 \(N, K\), got int8 \(2, 11\)",
         ),
-        ({"direction": jnp.zeros((2, 16))}, r"trits must be uint8 \(2, 4\), got uint8 \(2, 3\)"),
+        ({"direction": jnp.zeros((2, 16), jnp.float32)}, r"trits must be uint8 \(2, 4\), got uint8 \(2, 3\)"),
         ({"residual": jnp.zeros((2, 2, 4), jnp.uint8)}, r"residual must be uint8 \(2, 2, 3\), got uint8 \(2, 2, 4\)"),
     ],
 )
