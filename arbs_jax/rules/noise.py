@@ -32,18 +32,13 @@ def white(salt: jax.Array, stream: int, step: jax.Array, shape: tuple[int, ...])
     return unit(positions(at, shape))
 
 
-def dither(salt: jax.Array, stream: int, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform float32 in [0, 1) whose steps at one position form a golden-ratio (Weyl) sequence from a random start.
+def dither_seed(salt: jax.Array, stream: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Seed and offset, uint32 () each, of a noise (`arbs_kernels.noise.dither`) whose steps at one position form a
+    golden-ratio (Weyl) sequence from a random start.
 
     As rounding noise it is unbiased like white noise, but its errors cancel within a few steps where independent draws
     add up: a weight that is pushed by 0.1 a step moves every tenth step, not at random.
     """
-    start, offset = dither_seed(salt, stream, step)
-    return unit(positions(start, shape) + offset)
-
-
-def dither_seed(salt: jax.Array, stream: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(seed of the starts, what the step adds to them), uint32 () each: what an operator needs to dither by itself."""
     return mix(_of_stream(salt, stream)), jnp.asarray(step).astype(jnp.uint32) * GOLDEN
 
 

@@ -113,7 +113,7 @@ class Program:
     @property
     def layers_at_once(self) -> int:
         """Layers that move together: as configured, or on a GPU, where a step of a small model is bound by launches, as
-        many as have at most `GROUP_GRADIENT_BYTES` of gradients. What is learnt does not depend on it."""
+        many as have at most `GROUP_GRADIENT_BYTES` of gradients. The rule is the same; sums may round differently."""
         config = self.config
         if config.train.layers_at_once is not None:
             return config.train.layers_at_once

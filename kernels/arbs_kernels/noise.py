@@ -27,6 +27,11 @@ def positions(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return mix(mix(rows ^ seed) + columns * COLUMN_STRIDE)
 
 
+def dither(seed: jax.Array, offset: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform float32 in [0, 1) of `shape` (N, K): a start hashed from seed and position, plus `offset` uint32 ()."""
+    return unit(positions(seed, shape) + offset)
+
+
 def unit(bits: jax.Array) -> jax.Array:
     """Uniform float32 in [0, 1) of uint32, from the upper 24 bits."""
     return (bits >> 8).astype(jnp.float32) * np.float32(2.0**-24)

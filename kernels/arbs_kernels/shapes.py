@@ -42,6 +42,18 @@ def check_matrix(operator: str, trits: jax.Array, scale: jax.Array, in_features:
         raise ValueError(f"{operator}: scale must be float32 {expected}, got {scale.dtype} {scale.shape}")
 
 
+def check_pair(operator: str, x: jax.Array, dy: jax.Array) -> None:
+    """Checks that activations `x` and a cotangent `dy` can make a weight gradient.
+
+    Raises:
+        ValueError: they differ in rows or dtype; the message holds both values.
+    """
+    if x.shape[0] != dy.shape[0] or x.dtype != dy.dtype:
+        raise ValueError(
+            f"{operator}: x and dy must agree in rows and dtype, got {x.dtype} {x.shape} and {dy.dtype} {dy.shape}"
+        )
+
+
 def check_activations(operator: str, name: str, value: jax.Array, width: int) -> None:
     """Checks one activation matrix `(M, width)` in float32 or bfloat16.
 

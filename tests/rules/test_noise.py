@@ -8,9 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arbs_jax.rules.noise import dither, run_key, salt_of, white
+from arbs_jax.rules.noise import dither_seed, run_key, salt_of, white
+from arbs_kernels import noise
 
 SALT = jnp.uint32(0x12345678)
+
+
+def dither(salt, stream, step, shape):
+    return noise.dither(*dither_seed(salt, stream, step), shape)
+
+
 KINDS = [white, dither]
 SHAPE = (256, 320)
 

@@ -5,7 +5,7 @@ import jax
 from arbs_kernels.backends import mosaic_gpu_missing, triton_missing
 from arbs_kernels.correlation_score import reference
 from arbs_kernels.selection import Implementation, select
-from arbs_kernels.shapes import check_activations, check_trits
+from arbs_kernels.shapes import check_activations, check_pair, check_trits
 from arbs_kernels.triton_launch import lazily
 from arbs_kernels.tuning import tuned
 
@@ -37,11 +37,7 @@ def correlation_score(
     select("correlation_score", SCORE, implementation)  # a wrong name is said first
     check_activations("correlation_score", "x", x, x.shape[-1])
     check_activations("correlation_score", "dy", dy, trits.shape[0])
-    if x.shape[0] != dy.shape[0] or x.dtype != dy.dtype:
-        raise ValueError(
-            "correlation_score: x and dy must agree in rows and dtype, "
-            f"got {x.dtype} {x.shape} and {dy.dtype} {dy.shape}"
-        )
+    check_pair("correlation_score", x, dy)
     check_trits("correlation_score", trits, x.shape[1], group_size)
     shape = (x.shape[0], trits.shape[0], x.shape[1], group_size)
     run = tuned("correlation_score", SCORE, implementation, shape, x.dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from arbs_kernels.grouped_matmul import reference
 from arbs_kernels.selection import Implementation, select
-from arbs_kernels.shapes import check_activations, check_matrix, check_trits
+from arbs_kernels.shapes import check_activations, check_matrix, check_pair, check_trits
 from arbs_kernels.tuning import tuned
 
 FORWARD = {"xla": Implementation(reference.forward)}
@@ -120,10 +120,7 @@ def grouped_score(
     check_activations("grouped_score", "x", x, x.shape[-1])
     one = _one_expert("grouped_score", group_sizes, trits)
     check_activations("grouped_score", "dy", dy, trits.shape[1])
-    if x.shape[0] != dy.shape[0] or x.dtype != dy.dtype:
-        raise ValueError(
-            f"grouped_score: x and dy must agree in rows and dtype, got {x.dtype} {x.shape} and {dy.dtype} {dy.shape}"
-        )
+    check_pair("grouped_score", x, dy)
     check_trits("grouped_score", one, x.shape[1], group_size)
     shape = (x.shape[0], trits.shape[1], x.shape[1], group_size)
     run = tuned("grouped_score", SCORE, implementation, shape, x.dtype)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from arbs_kernels import latents
-from arbs_kernels.noise import positions, unit
+from arbs_kernels.noise import dither
 
 LARGEST = 4.0
 """Entries of a step are clipped to this."""
@@ -26,8 +26,7 @@ def step(
     d = direction.astype(jnp.float32)
     if power != 1:
         d = jnp.sign(d) * norm * (jnp.abs(d) / norm) ** power
-    noise = unit(positions(seed, d.shape) + offset)
-    change = jnp.floor(-rate * jnp.clip(d, -LARGEST, LARGEST) + noise)
+    change = jnp.floor(-rate * jnp.clip(d, -LARGEST, LARGEST) + dither(seed, offset, d.shape))
     v = latents.decode(trits, residual, d.shape[1]).astype(jnp.float32)
     half = latents.half_range(planes)
     leaves = latents.encode(jnp.clip(v + change, -half, half).astype(jnp.int16), planes)
