@@ -23,7 +23,7 @@ from arbs_jax.errors import ConfigError
 from arbs_kernels import timing, tuning
 from arbs_kernels.backends import compute_capability, device_kind
 from arbs_kernels.benchmarks import BENCHMARKS, Benchmark, agree, make
-from arbs_kernels.cases import CASES, Case
+from arbs_kernels.cases import Case
 from arbs_kernels.selection import UnsupportedError, select
 from arbs_kernels.shapes import GROUP_SIZES
 
@@ -33,20 +33,21 @@ _TUNED_SIDES = (2048, 4096, 8192)
 
 
 def _case(text: str) -> Case:
-    sizes = re.fullmatch(r"(\d+)x(\d+)x(\d+)g(\d+)", text)
+    sizes = re.fullmatch(r"(\d+)x(\d+)x(\d+)g(\d+)(?:e(\d+))?", text)
     if sizes is None:
         raise ValueError(text)
-    rows, out_features, in_features, group_size = (int(size) for size in sizes.groups())
-    if min(rows, out_features, in_features) < 1 or group_size not in GROUP_SIZES:
+    rows, out_features, in_features, group_size, experts = (int(size) for size in sizes.groups("1"))
+    if min(rows, out_features, in_features, experts) < 1 or experts > rows or group_size not in GROUP_SIZES:
         raise ValueError(text)
-    return Case(rows, out_features, in_features, group_size, "asked for")
+    return Case(rows, out_features, in_features, group_size, "asked for", experts)
 
 
 _SHAPE = parsed(
     "--shapes",
     _case,
     "MxNxKgG",
-    f"MxNxKgG as 64x4096x4096g32, all at least 1, G one of {', '.join(map(str, GROUP_SIZES))}",
+    f"MxNxKgG as 64x4096x4096g32, all at least 1, G one of {', '.join(map(str, GROUP_SIZES))}; "
+    "with eX for X experts that share the M rows, as 8192x512x2048g32e64",
 )
 
 
@@ -59,7 +60,7 @@ class Bench:
     shapes: Annotated[
         tuple[Annotated[Case, _SHAPE], ...],
         tyro.conf.arg(
-            help="Rows of activations, out_features, in_features, group_size.",
+            help="Rows of activations, out_features, in_features, group_size; eX: experts of grouped products.",
             help_behavior_hint="(default: large layers on a GPU, small ones on a CPU)",
         ),
     ] = ()
@@ -179,11 +180,11 @@ def _implementations(operator: str, asked: Sequence[str], operators: Sequence[st
     return found
 
 
-def _default_cases(tune: bool) -> list[Case]:
-    if tune:
+def _default_cases(benchmark: Benchmark, tune: bool) -> list[Case]:
+    if tune and not benchmark.by_expert:
         return [Case(rows, side, side, 32, "tuned") for side in _TUNED_SIDES for rows in _TUNED_ROWS]
     low, high = (2**26, 2**62) if compute_capability() > 0 else (2**21, 2**26)
-    return [case for case in CASES if low < case.products <= high]
+    return [case for case in benchmark.cases() if low < case.products <= high]
 
 
 def _arms(args: Bench, implementations: Mapping[str, Sequence[str]], dtype: Any) -> Iterable[_Arm]:
@@ -197,7 +198,9 @@ def _arms(args: Bench, implementations: Mapping[str, Sequence[str]], dtype: Any)
         if not found:
             continue
         benchmark = BENCHMARKS[name]
-        for case in dict.fromkeys(benchmark.shape(case) for case in args.shapes or _default_cases(args.tune)):
+        for case in dict.fromkeys(
+            benchmark.shape(case) for case in args.shapes or _default_cases(benchmark, args.tune)
+        ):
             inputs, output = benchmark.abstract(case, dtype)
             if not timing.rotation(timing.nbytes(inputs), timing.nbytes(output), effort):
                 if args.shapes:
@@ -274,6 +277,8 @@ def _row(arm: _Arm, dtype: Any, measured: _Measured, bandwidth: float, rate: flo
         "N": case.out_features,
         "K": case.in_features,
         "G": case.group_size,
+        "X": case.experts,
+        "shape": str(case),
         "seconds": seconds,
         "dense_seconds": dense,
         "roofline_seconds": roofline,
@@ -314,7 +319,7 @@ def _table(operator: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         ratio, share = row["ratio_to_dense"], row["ratio_to_roofline"]
         tiles = "".join(f" {name}={size}" for name, size in (row["tiles"] or {}).items())
         made.add_row(
-            f"{row['M']}x{row['N']}x{row['K']}g{row['G']}",
+            row["shape"],
             row["implementation"] + tiles,
             _duration(row["seconds"]),
             _duration(row["dense_seconds"]),
@@ -340,14 +345,14 @@ def _check_writable(args: Bench) -> None:
 
 def _record(rows: Sequence[Mapping[str, Any]], dtype: str) -> None:
     timings: dict[str, list[tuning.Timing]] = defaultdict(list)
-    for row in rows:
+    for row in (row for row in rows if BENCHMARKS[row["op"]].is_tuned):
         timings[row["op"]].append(
             tuning.Timing(
                 rows=row["M"],
                 weights=row["N"] * row["K"],
                 implementation=row["implementation"],
                 tiles=row["tiles"] or {},
-                shape=f"{row['M']}x{row['N']}x{row['K']}g{row['G']}",
+                shape=row["shape"],
                 seconds=row["seconds"],
             )
         )

@@ -3,7 +3,8 @@
 Newton-Schulz iterations with quintic polynomials of the Gram matrix bring all singular values near one. Two things
 keep them few: the starting matrix is divided by the root of its Gram matrix's Frobenius norm, a bound on the largest
 singular value that is tighter than the matrix's own Frobenius norm; and where it matters the coefficients differ from
-step to step. Sums and scales are taken of small square matrices, not of the wide one.
+step to step. Sums and scales are taken of small square matrices, not of the wide one. Where the matrix is far longer
+than wide, even the iterations are those of small square matrices.
 """
 
 import jax
@@ -15,15 +16,19 @@ _FAST = ((3.4445, -4.7750, 2.0315),) * 3
 # each step's range widened by a percent against rounding: beyond it such polynomials explode. After six steps all are
 # within 0.23% of one. The last, a cubic, brings them within 0.001% and none above: a momentum that is projected on a
 # basis longer than one grows from step to step.
-_EXACT = (
+_EXACT_START = (
     (8.305, -23.663, 16.876),
     (4.145, -3.020, 0.553),
     (3.940, -2.881, 0.538),
     (3.311, -2.440, 0.490),
+)
+_EXACT_END = (
     (2.320, -1.669, 0.410),
     (1.895, -1.270, 0.375),
     (1.5, -0.5, 0.0),
 )
+_RIDGE = 1e-6
+"""The square of the least singular value that the polynomials bring up."""
 _TINY = 1e-30
 
 
@@ -33,7 +38,7 @@ def newton_schulz(x: jax.Array) -> jax.Array:
     `x` is `(N, K)` in float32, or in bfloat16, which is enough on accelerators; so are the products and the result.
     """
     tall = x.shape[0] > x.shape[1]
-    y = _iterate(x.T if tall else x, _FAST) * max(x.shape) ** 0.5
+    y = _iterate(x.T if tall else x) * max(x.shape) ** 0.5
     return y.T if tall else y
 
 
@@ -43,25 +48,60 @@ def orthonormal_columns(x: jax.Array) -> jax.Array:
     Columns are first brought to one length, so that directions of little weight are not lost. Directions that are
     nearly dependent come out shorter.
     """
-    unit = x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=0) + _TINY)
-    return _iterate(unit.T, _EXACT).T
+    gram = _gram(x)
+    unit = jax.lax.rsqrt(jnp.diagonal(gram) + _TINY)
+    gram = gram * (unit[:, None] * unit[None, :])
+    bound = _bound(gram)
+    # Rounding may leave eigenvalues below zero, which the polynomials would blow up.
+    ridge = _RIDGE * jnp.eye(x.shape[1], dtype=jnp.float32)
+    half = _product(x, unit[:, None] * (_polynomials(gram * bound + ridge, _EXACT_START) * jnp.sqrt(bound)))
+    return _product(half, _polynomials(_gram(half), _EXACT_END))
 
 
-def _iterate(y: jax.Array, coefficients: tuple[tuple[float, float, float], ...]) -> jax.Array:
+def _polynomials(gram: jax.Array, coefficients: tuple[tuple[float, float, float], ...]) -> jax.Array:
+    """The square matrix by which iterations `y <- y (a + b G + c G G)`, `G = y^T y`, multiply a `y` with this Gram
+    matrix: everything between is as small as that. What rounding does to small singular values is not seen until the
+    next Gram matrix is taken."""
+    identity = jnp.eye(gram.shape[0], dtype=jnp.float32)
+    total = identity
+    for index, (a, b, c) in enumerate(coefficients):
+        polynomial = a * identity + b * gram
+        if c:
+            polynomial += c * _product(gram, gram)
+        total = _product(polynomial, total) if index else polynomial
+        if index + 1 < len(coefficients):
+            gram = _product(_product(polynomial, gram), polynomial)
+    return total
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _gram(y: jax.Array) -> jax.Array:
+    return _product(y.T, y)
+
+
+def _bound(gram: jax.Array) -> jax.Array:
+    """The inverse of a bound on the largest eigenvalue.
+
+    By the trace first, so that squares neither overflow nor vanish. (The root is at least 1 over the number of rows,
+    but for a matrix of zeros.)
+    """
+    trace = jnp.trace(gram.astype(jnp.float32)) + _TINY
+    norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(gram.astype(jnp.float32) / trace)), 1e-6))
+    return 1 / (norm * trace)
+
+
+def _iterate(y: jax.Array) -> jax.Array:
     """`y <- (a + b G + c G G) y` with `G = y y^T`, for a wide `y`, in its dtype; singular values first go below one."""
     identity = jnp.eye(y.shape[0], dtype=jnp.float32)
     bound = jnp.float32(1)
-    for index, (a, b, c) in enumerate(coefficients):
+    for index, (a, b, c) in enumerate(_FAST):
         gram = y @ y.T
         if index == 0:
-            # By the trace first, so that squares neither overflow nor vanish. The wide matrix itself is never rescaled.
-            trace = jnp.trace(gram.astype(jnp.float32)) + _TINY
-            # (At least 1 over the number of rows, but for a matrix of zeros.)
-            norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(gram.astype(jnp.float32) / trace)), 1e-6))
-            bound = 1 / (norm * trace)
-        polynomial = a * identity + b * (bound * gram)
-        if c:
-            polynomial += c * (bound * (bound * (gram @ gram)))
+            bound = _bound(gram)  # The wide matrix itself is never rescaled.
+        polynomial = a * identity + b * (bound * gram) + c * (bound * (bound * (gram @ gram)))
         y = (jnp.sqrt(bound) * polynomial).astype(y.dtype) @ y
         bound = jnp.float32(1)
     return y

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from arbs_kernels.correlation_score import reference as score_reference
 
 SHAPES = [(1, 1, 1, 32), (2, 3, 5, 4), (7, 48, 64, 6), (9, 40, 96, 12), (3, 17, 81, 16), (5, 33, 70, 32)]
 SHAPES += [(17, 31, 257, 128), (6, 24, 300, 256), (129, 130, 131, 8), (300, 640, 1280, 96), (64, 300, 10003, 32)]
-SHAPES += [(1000, 2048, 4096, 32)]
-"""(M, N, K, G)."""
-TILED_SHAPE = (500, 1000, 3000, 32)
-"""On which every candidate is checked."""
+SHAPES += [(64, 300, 1300, 32), (64, 300, 1303, 12), (1000, 2048, 4096, 32), (1000, 2048, 8192, 32)]
+"""(M, N, K, G). Tiles begin at codes that no copy can begin at where K is 10003, 1300, 1303, 4096 or 8192."""
+TILED_SHAPES = [(500, 1000, 3000, 32), (500, 1000, 3003, 32)]
+"""On which every candidate is checked: codes of even and of odd addresses."""
 CALLS = 24
 """Of one timed run."""
 
@@ -87,8 +88,8 @@ def checks() -> None:
     """All shapes, all candidates."""
     for M, N, K, G in SHAPES:
         check(M, N, K, G, {})
-    for tiles in score_mosaic.CANDIDATES:
-        check(*TILED_SHAPE, tiles)
+    for shape, tiles in product(TILED_SHAPES, score_mosaic.CANDIDATES):
+        check(*shape, tiles)
 
 
 def seconds(function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, ...]]) -> float:

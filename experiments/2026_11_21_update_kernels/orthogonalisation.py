@@ -1,10 +1,11 @@
-"""How many Newton-Schulz iterations does the step need? Validation loss of `latent10` by polynomial and normalisation.
+"""How many Newton-Schulz iterations does the step need, on how much of the matrix? Validation loss of `latent10`.
 
     python experiments/2026_11_21_update_kernels/orthogonalisation.py
 
 `byte-0.4m`, 1000 steps of 16 x 64 bytes of pydoc, float32, seeds 0 and 1; on two CPU cores, two minutes a variant.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,41 +32,61 @@ MINIMAX: dict[int, Polynomials] = {
         (1.9562, -1.3375, 0.3839),
     ],
 }
-VARIANTS: dict[str, tuple[Polynomials, bool]] = {
-    "5 of Jordan's, divided by the Frobenius norm": ([JORDAN] * 5, False),
-    "3 of Jordan's, divided by the Gram matrix's": ([JORDAN] * 3, True),
-    "2 of Jordan's, the same": ([JORDAN] * 2, True),
-    "4 minimax, the same": (MINIMAX[4], True),
-    "3 minimax, the same": (MINIMAX[3], True),
-    "2 minimax, the same": (MINIMAX[2], True),
-    "1 cubic, the same": ([(1.5, -0.5, 0.0)], True),
+VARIANTS: dict[str, Polynomials] = {
+    "jordan5": [JORDAN] * 5,
+    "jordan3": [JORDAN] * 3,
+    "jordan2": [JORDAN] * 2,
+    "minimax4": MINIMAX[4],
+    "minimax3": MINIMAX[3],
+    "minimax2": MINIMAX[2],
+    "cubic": [(1.5, -0.5, 0.0)],
 }
 
 
-def iteration(polynomials: Polynomials, by_gram: bool) -> Callable[[jax.Array, jnp.dtype], jax.Array]:
-    """A stand-in for `arbs_jax.rules.orthogonal.newton_schulz`."""
+def iteration(polynomials: Polynomials, norm: str, blocks: int) -> Callable[[jax.Array], jax.Array]:
+    """A stand-in for `arbs_jax.rules.orthogonal.newton_schulz`, on so many blocks of the shorter side by themselves."""
 
-    def orthogonalise(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        tall = x.shape[0] > x.shape[1]
-        y = x.T if tall else x
+    def one(y: jax.Array) -> jax.Array:
+        dtype, scale = y.dtype, max(y.shape) ** 0.5
+        y = y.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.sum(jnp.square(y)) + 1e-30)
-        if by_gram:
+        if norm == "gram":
             y = y * jax.lax.rsqrt(jnp.sqrt(jnp.sum(jnp.square(y @ y.T))) + 1e-30)
+        y = y.astype(dtype)
         for a, b, c in polynomials:
             gram = y @ y.T
-            y = a * y + (b * gram + c * (gram @ gram)) @ y
-        y = y * max(x.shape) ** 0.5
+            y = (a * jnp.eye(y.shape[0]) + b * gram + c * (gram @ gram)).astype(dtype) @ y
+        return y * jnp.asarray(scale, dtype)
+
+    def orthogonalise(x: jax.Array) -> jax.Array:
+        tall = x.shape[0] > x.shape[1]
+        y = x.T if tall else x
+        y = jax.vmap(one)(y.reshape(blocks, -1, y.shape[1])).reshape(y.shape)
         return y.T if tall else y
 
     return orthogonalise
 
 
 def main() -> None:
-    """Trains every variant, prints a line each."""
-    setting = Setting("byte-0.4m", 1000, 16, 64, dtype="float32", windows=256)
-    data, runs = Data(setting, {"pydoc": load("pydoc")}), [Run("pydoc", seed) for seed in (0, 1)]
-    for name, (polynomials, by_gram) in VARIANTS.items():
-        latent.newton_schulz = iteration(polynomials, by_gram)
+    """Trains the variants, prints a line each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="POLYNOMIALS[:BLOCKS[:frobenius]]")
+    parser.add_argument("--preset", default="byte-0.4m")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--corpus", default="pydoc")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    args = parser.parse_args()
+    windows = 256 if args.preset == "byte-0.4m" else 512
+    setting = Setting(args.preset, args.steps, args.batch, args.context, dtype=args.dtype, windows=windows)
+    data = Data(setting, {args.corpus: load(args.corpus)})
+    runs = [Run(args.corpus, seed) for seed in args.seeds]
+    for name in args.variants:
+        given = name.split(":")
+        polynomials, blocks, norm = given + ["1", "gram"][len(given) - 1 :]
+        latent.newton_schulz = iteration(VARIANTS[polynomials], norm, int(blocks))
         losses = [outcome.val_loss for outcome in train_rule(setting, "latent10", data, runs)[0]]
         print(f"{np.mean(losses):.4f}  {', '.join(f'{loss:.4f}' for loss in losses)}  {name}", flush=True)
 
