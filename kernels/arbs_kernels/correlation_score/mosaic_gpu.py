@@ -5,7 +5,9 @@ tile's trits are copied to shared memory while its products run. A tile of colum
 `c mod P` and following of each row, of which those past the row's end are its first again, in the next plane: so
 rows are copied once, extended by a tile of their own beginning (0.2 bytes a weight).
 
-Rows of 256 codes would all begin in the same bank of shared memory; rows of 240 and 16 never do.
+Copies to shared memory begin at a multiple of 16 bytes, or the GPU takes them for an illegal instruction: so they begin
+up to 15 codes early. Rows of 256 codes would all begin in the same bank of shared memory; two halves of 128 codes and
+those 16 never do.
 """
 
 import functools
@@ -17,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from arbs_kernels.backends import is_interpreted
@@ -32,9 +36,7 @@ SWIZZLE = 128
 WIDTH = SWIZZLE // 2
 """Columns of bfloat16 in such a row; tiles begin at its multiples."""
 ALIGNED = 16
-"""Codes of a row that a tile begins at are a multiple of this."""
-CODES_AT_END = 16
-"""Codes of a row that are kept apart from the others of their tile."""
+"""Copies begin at codes of a row that are a multiple of this."""
 
 TOP_BITS = -(1 << 30)
 """Sign and leading exponent bit of float32, as int32."""
@@ -51,7 +53,7 @@ class Tile:
     """Of K, a multiple of 64 and of G."""
     depth: int = 64
     """Of M at once."""
-    steps: int = 4
+    steps: int = 3
     """Depths in flight."""
     by_rows: bool = True
     """Whether the two computing warpgroups share a tile's rows, or else its columns."""
@@ -67,9 +69,9 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"band": 16},
     {"cluster": True},
     {"cluster": True, "band": 4},
-    {"steps": 3},
     {"by_rows": False},
     {"rows": 256, "columns": 128},
+    {"columns": 192, "steps": 4},
 )
 """Tiles to try; a tile that does not fit the group size takes the nearest number of columns that does."""
 
@@ -85,7 +87,9 @@ def tile_of(group_size: int, tiles: Mapping[str, Any]) -> Tile:
 
 def shared_bytes(tile: Tile) -> int:
     """Shared memory of a block."""
-    return tile.steps * tile.depth * (tile.rows + tile.columns) * 2 + tile.rows * tile.columns + 1024
+    operands = tile.steps * tile.depth * (tile.rows + tile.columns) * 2
+    parts = 2 if tile.by_rows else 4  # Of a row of codes, which two copies bring to one warpgroup, or to each of both.
+    return operands + tile.rows * (tile.columns + parts * ALIGNED) + 2048
 
 
 def planes_of(left: jax.Array, P: int, columns: int) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -103,12 +107,12 @@ def planes_of(left: jax.Array, P: int, columns: int) -> tuple[list[jax.Array], l
 
 
 def kernel(x: Any, dy: Any, codes: Any, score: Any, *, P: int, G: int, tile: Tile, down: int, along: int) -> None:
-    """Scores int32 (groups, rows) of `down` by `along` tiles, from x (M, K), dy (M, N) and codes (N, P + COLUMNS)."""
+    """Scores int32 (groups, rows) of `down` by `along` tiles of x (M, K), dy (M, N), codes (N, P + COLUMNS + 16)."""
     M = x.shape[0]
     rows = tile.rows // 2 if tile.by_rows else tile.rows
     columns = tile.columns if tile.by_rows else tile.columns // 2
     transforms = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(SWIZZLE))
-    pieces = ((0, columns - CODES_AT_END), (columns - CODES_AT_END, CODES_AT_END))
+    half = columns // 2
 
     def pipeline(row: Any, column: Any, body: Any, context: Any) -> Any:
         return plgpu.emit_pipeline_warp_specialized(
@@ -136,8 +140,8 @@ def kernel(x: Any, dy: Any, codes: Any, score: Any, *, P: int, G: int, tile: Til
     @functools.partial(
         pl.run_scoped,
         buffers=pipeline(0, 0, nothing, nothing).get_allocations(dy, x),
-        code_refs=[plgpu.SMEM((2, rows, width), jnp.uint8) for _, width in pieces],
-        arrived=plgpu.Barrier(num_arrivals=len(pieces), num_barriers=2),
+        code_refs=[plgpu.SMEM((2, rows, half + ALIGNED), jnp.uint8) for _ in range(2)],
+        arrived=plgpu.Barrier(num_arrivals=2, num_barriers=2),
         collective_axes="wg",
     )
     def scope(buffers: Any, code_refs: Any, arrived: Any) -> None:
@@ -163,8 +167,10 @@ def kernel(x: Any, dy: Any, codes: Any, score: Any, *, P: int, G: int, tile: Til
 
             def compute(run: Any) -> None:
                 plgpu.commit_smem()  # The codes of the last tile have been read by all threads.
-                for (start, width), ref in zip(pieces, code_refs, strict=True):
-                    theirs = codes.at[pl.ds(top, rows), pl.ds(lax.rem(left, jnp.int32(P)) + start, width)]
+                first = lax.rem(left, jnp.int32(P))
+                shift = first & (ALIGNED - 1)
+                for index, ref in enumerate(code_refs):
+                    theirs = codes.at[pl.ds(top, rows), pl.ds(first - shift + index * half, half + ALIGNED)]
                     plgpu.copy_gmem_to_smem(theirs, ref.at[wg], arrived.at[wg])
 
                 @functools.partial(pl.run_scoped, sums=plgpu.ACC((rows, columns), jnp.float32))
@@ -174,18 +180,34 @@ def kernel(x: Any, dy: Any, codes: Any, score: Any, *, P: int, G: int, tile: Til
                     plgpu.barrier_wait(arrived.at[wg])
                     ends, powers = planes_of(left, P, columns)
                     atoms = []
-                    for (start, width), ref in zip(pieces, code_refs, strict=True):
-                        for at in range(0, width, ATOM):
-                            their_codes = plgpu.load(
-                                ref.at[wg, :, pl.ds(at, ATOM)], layout=plgpu.Layout.WGMMA, optimized=False
-                            )
-                            at_dw = dw[:, start + at : start + at + ATOM]
-                            atoms.append(votes(at_dw, their_codes, [end - (start + at) for end in ends], powers))
+                    for at in range(0, columns, ATOM):
+                        ref = code_refs[at // half].at[wg, :, pl.ds(at % half + shift, ATOM)]
+                        at_dw, at_ends = dw[:, at : at + ATOM], [end - at for end in ends]
+                        # Tiles begin at even columns: where P is even, they begin at even codes as well.
+                        atoms.append(votes(at_dw, codes_of(ref, even=P % 2 == 0), at_ends, powers))
                     for group in range(columns // G):
                         total = group_total(atoms, group, G)
                         score[lax.div(left, jnp.int32(G)) + group, pl.ds(top, rows)] = total
 
             pipeline(row, column, multiply, compute)(dy, x, allocations=buffers)
+
+
+def codes_of(ref: Any, even: bool) -> jax.Array:
+    """Codes uint8 (rows, ATOM) of shared memory, laid out as products are; `even`: they begin at an even address."""
+    if even or is_interpreted():
+        return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
+
+    # That loads the two codes of a lane at once, which must be aligned to two bytes: so one by one, and then paired.
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((ref.shape[0], ATOM), jnp.uint8, layout=plgpu.Layout.WGMMA),
+    )
+    def singles(_: Any, memory: Any) -> Any:
+        single = fragmented_array.WGMMA_LAYOUT_ACC_32BIT
+        array = mgpu.FragmentedArray.load_untiled(memory, layout=single, is_signed=False, optimized=False)
+        return array.to_layout(mgpu.WGMMA_LAYOUT)
+
+    return singles(ref)
 
 
 def votes(dw: jax.Array, codes: jax.Array, ends: list[jax.Array], powers: list[jax.Array]) -> jax.Array:
@@ -216,10 +238,19 @@ def group_total(atoms: list[jax.Array], group: int, G: int) -> jax.Array:
 
 
 def extended(trits: jax.Array, columns: int) -> jax.Array:
-    """Rows of codes `(N, P)` repeated up to at least `P + columns` bytes, a multiple of 16."""
-    P = trits.shape[1]
-    width = padded(P + columns, 16)
-    return jnp.tile(trits, (1, -(-width // P)))[:, :width]
+    """Rows of codes `(N, P)` repeated up to at least `P + columns + 16` bytes, a multiple of 16."""
+    N, P = trits.shape
+    width = padded(P + columns + ALIGNED, ALIGNED)
+    if P % 4:
+        return repeated(trits, width)
+    words = lax.bitcast_convert_type(trits.reshape(N, P // 4, 4), jnp.uint32)  # XLA copies single bytes slowly.
+    return lax.bitcast_convert_type(repeated(words, width // 4), jnp.uint8).reshape(N, width)
+
+
+def repeated(rows: jax.Array, width: int) -> jax.Array:
+    """Rows, over and over, up to `width`."""
+    times, rest = divmod(width, rows.shape[1])
+    return jnp.concatenate([jnp.tile(rows, (1, times)), rows[:, :rest]], axis=1)
 
 
 def score(
@@ -236,13 +267,6 @@ def score(
         raise UnsupportedError(
             f"correlation_score: {tile} needs {shared_bytes(tile)} bytes of shared memory, more than {SHARED_BYTES}; "
             "pass fewer steps"
-        )
-    K, P = x.shape[1], trits.shape[1]
-    if any(left % P % ALIGNED for left in range(0, K, tile.columns)):
-        # On an H200 such a copy (K = 10003) ended in an illegal instruction; the simulator has nothing against it.
-        raise UnsupportedError(
-            f"correlation_score: implementation 'mosaic_gpu' takes rows whose tiles of {tile.columns} columns begin at "
-            f"codes that are multiples of {ALIGNED}, got K={K} of P={P} bytes; pass 'triton' or 'xla'"
         )
     return one_by_one(score_of, x, dy, trits, group_size=group_size, tile=tile)
 
