@@ -19,6 +19,8 @@ class Case:
     """`G`."""
     why: str
     """What is special about it."""
+    experts: int = 1
+    """`X`, matrices that share the rows of activations equally; some operators take one only."""
 
     @property
     def groups(self) -> int:
@@ -31,7 +33,8 @@ class Case:
         return self.rows * self.out_features * self.in_features
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.out_features}x{self.in_features}g{self.group_size}"
+        experts = f"e{self.experts}" if self.experts > 1 else ""
+        return f"{self.rows}x{self.out_features}x{self.in_features}g{self.group_size}{experts}"
 
 
 CASES = (
@@ -56,6 +59,14 @@ CASES = (
     Case(8192, 2048, 5632, 32, "the MLP of the 1b preset, down"),
 )
 """Small ones first; the large ones are layers that people train."""
+
+EXPERT_CASES = (
+    Case(512, 128, 512, 32, "four small experts", experts=4),
+    Case(128, 512, 2048, 32, "decoding with two rows for each of 64 experts", experts=64),
+    Case(8192, 1024, 1024, 32, "eight experts", experts=8),
+    Case(16384, 512, 2048, 32, "64 narrow experts", experts=64),
+)
+"""Rows sorted by expert."""
 
 SMALL_CASES = tuple(case for case in CASES if case.products <= 2**23)
 """What a CPU can check against float64 in no time."""

@@ -66,9 +66,9 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def in_sequence(function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, ...]]) -> list[jax.Array]:
+def in_sequence(function: Callable[..., Any], sets: Sequence[tuple[jax.Array, ...]]) -> list[Any]:
     """`function` of every set, each call after the one before it."""
-    results: list[jax.Array] = []
+    results: list[Any] = []
     for arguments in sets:
         if results:
             arguments, results[-1] = jax.lax.optimization_barrier((arguments, results[-1]))
@@ -77,7 +77,7 @@ def in_sequence(function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Arr
 
 
 def seconds_per_call(
-    function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, ...]], effort: Effort | None = None
+    function: Callable[..., Any], sets: Sequence[tuple[jax.Array, ...]], effort: Effort | None = None
 ) -> float:
     """Median device seconds of `function(*arguments)` over the sets, which should come from `rotation`."""
     effort = effort or default_effort()
@@ -87,11 +87,11 @@ def seconds_per_call(
     jax.block_until_ready(run(sets))  # compiles, loads modules, fills pools
 
     def duration(executions: int) -> float:
-        queue: deque[list[jax.Array]] = deque()
+        queue: deque[list[Any]] = deque()
         began = time.perf_counter()
         for _ in range(executions):
             if len(queue) == _IN_FLIGHT:
-                queue.popleft()[-1].block_until_ready()
+                jax.block_until_ready(queue.popleft()[-1])
             queue.append(run(sets))
         jax.block_until_ready(queue[-1])
         return time.perf_counter() - began

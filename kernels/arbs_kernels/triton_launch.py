@@ -56,7 +56,7 @@ def one_by_one(function: Callable[..., jax.Array], *arrays: jax.Array, **static:
     return jax.custom_batching.sequential_vmap(partial(function, **static))(*arrays)
 
 
-def check_size(operator: str, name: str, array: jax.Array) -> None:
+def check_size(operator: str, name: str, array: jax.Array | jax.ShapeDtypeStruct) -> None:
     """Checks that 32 bits address `array`.
 
     Raises:

@@ -57,6 +57,7 @@ def test_one_operator_on_shapes_that_were_asked_for(tmp_path: Path, capsys: pyte
         (("--shapes", "64x64"), ("--shapes must be MxNxKgG", "'64x64'")),
         (("--shapes", "1x0x5g4"), ("at least 1", "'1x0x5g4'")),
         (("--shapes", "1x1x5g5"), ("G one of 4, 6, 8", "'1x1x5g5'")),
+        (("--shapes", "2x1x5g4e3"), ("X experts that share the M rows", "'2x1x5g4e3'")),
         (("--shapes", "65536x262144x262144g32"), ("--shapes 65536x262144x262144g32", "GB")),
         (("--ops", "division"), ("--ops must be one of packed_matmul", "'division'")),
         (("--implementations", "abacus"), ("--implementations must be among", "xla", "'abacus'")),
@@ -80,6 +81,19 @@ def test_refuses_before_anything_is_timed(
     assert err.startswith("error: ")
     for part in expected:
         assert part in err
+
+
+def test_experts_are_of_grouped_products_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "bench.json"
+    words = ("--shapes", "17x20x33g8e3", "--ops", "grouped_score", "latent_step", "packed_matmul", "--dtype", "float32")
+    assert call("bench", *words, "--implementations", "xla", "--json", path) == 0
+    assert "17x20x33g8e3" in capsys.readouterr().out
+    rows = {row["op"]: row for row in json.loads(path.read_text())["rows"]}
+    assert {name: row["X"] for name, row in rows.items()} == {"grouped_score": 3, "latent_step": 1, "packed_matmul": 1}
+    # x, dy, sizes, trits in; one int32 for each of 3 x 20 x 5 groups out.
+    assert rows["grouped_score"]["bytes"] == 4 * 17 * (33 + 20) + 4 * 3 + 3 * 20 * 7 + 4 * 3 * 20 * 5
+    # The direction and four words in; five planes in and out.
+    assert rows["latent_step"]["bytes"] == 4 * 20 * 33 + 4 * 4 + 2 * 5 * 20 * 7
 
 
 def test_an_implementation_that_cannot_run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -1,11 +1,14 @@
 """Products of rows sorted by expert against NumPy in float64, for every implementation; scores exactly."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import activations, product_bound, random_matrix, score_by_hand, values_of
 
+from arbs_kernels import backends
 from arbs_kernels.grouped_matmul import grouped_matmul, grouped_matmul_input_gradient, grouped_score, reference
 from arbs_kernels.selection import UnsupportedError
 
@@ -20,6 +23,8 @@ CASES = {
     "no rows": (0, [0, 0], 3, 10, 6),
     "blocks of every length": (41, [16, 1, 7, 8, 9], 12, 70, 64),
     "short last group": (19, [4, 11, 4], 31, 257, 128),
+    "few rows for many": (5, [0, 1, 0, 2, 1, 0, 1], 40, 96, 32),
+    "more than a tile": (300, [150, 0, 129], 40, 96, 32),
 }
 
 
@@ -38,7 +43,6 @@ def block(request, monkeypatch):
     monkeypatch.setattr(reference, "BLOCK", request.param)
 
 
-@pytest.mark.usefixtures("block")
 class GroupedMatmul:
     """What holds for every implementation; a backend adds a subclass that names it."""
 
@@ -112,6 +116,7 @@ class GroupedMatmul:
             np.testing.assert_allclose(one, run(rows, size), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("block")
 class TestXla(GroupedMatmul):
     implementation = "xla"
 
@@ -121,6 +126,32 @@ class TestXla(GroupedMatmul):
         x = jnp.ones((100, 40), jnp.bfloat16)
         traced = jax.make_jaxpr(lambda x: grouped_matmul(x, sizes, trits, scale, group_size=4))(x)
         assert max(value.size for value in values_of(traced)) < 100 * 40 * 3
+
+
+@pytest.mark.skipif(backends.triton_missing() is not None, reason=f"needs {backends.triton_missing()}")
+class TestTriton(GroupedMatmul):
+    implementation = "triton"
+
+    @pytest.mark.parametrize(
+        ("rows", "experts", "out_features", "refused"),
+        [
+            (2**28, 1, 1, "x"),
+            (2, 2**20, 2**11, "trits"),
+            (2, 2**18, 3 * 2**10, "scale"),
+            (2**20, 2, 2**11, "the result"),
+        ],
+    )
+    def test_refuses_what_32_bits_do_not_address(self, rows, experts, out_features, refused):
+        shapes = {"x": (rows, 10), "trits": (experts, out_features, 2), "scale": (experts, out_features, 3)}
+        x, trits, scale = (
+            jax.ShapeDtypeStruct(shape, jnp.uint8 if name == "trits" else jnp.float32) for name, shape in shapes.items()
+        )
+        sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+        run = partial(grouped_matmul, group_size=4, implementation="triton")
+        with pytest.raises(
+            UnsupportedError, match=f"takes at most {2**31 - 1} elements of {refused}, got .*pass 'xla'"
+        ):
+            jax.eval_shape(run, x, sizes, trits, scale)
 
 
 def given(**changes):

@@ -38,12 +38,15 @@ FLOAT32 = Tile(rows=32, columns=256, depth=16, num_warps=8, num_stages=2)
 
 
 @triton.jit
-def votes(
+def tile_votes(
     x_ptr,
     dy_ptr,
     trits_ptr,
     score_ptr,
-    M: tl.constexpr,
+    tile,
+    begin,
+    end,
+    WHOLE_DEPTHS: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     P: tl.constexpr,
@@ -56,13 +59,16 @@ def votes(
     DEPTH: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    """Scores of ROWS rows and of the WHOLE groups that fit in COLUMNS columns; GROUPS is WHOLE as a power of two."""
+    """Votes of activations' rows [begin, end) in one tile of a matrix: ROWS rows, the WHOLE groups that COLUMNS hold.
+
+    GROUPS is WHOLE as a power of two; WHOLE_DEPTHS: whether DEPTH divides end - begin.
+    """
     USED: tl.constexpr = WHOLE * G
     down: tl.constexpr = (N + ROWS - 1) // ROWS
     along: tl.constexpr = (K + USED - 1) // USED
-    top = tl.program_id(0) // (BAND * along) * BAND
+    top = tile // (BAND * along) * BAND
     height = tl.minimum(down - top, BAND)
-    within = tl.program_id(0) % (BAND * along)
+    within = tile % (BAND * along)
     across = within // height
     rows = (top + within % height) * ROWS + tl.arange(0, ROWS)
     offset = tl.arange(0, COLUMNS)
@@ -71,13 +77,13 @@ def votes(
     own = (offset < USED) & (columns < K)
 
     dw = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, M, DEPTH):
+    for first in range(begin, end, DEPTH):
         # What the shapes rule out costs no mask: these conditions are known to the compiler.
         left_mask = (rows < N)[None, :] | (N % ROWS == 0)
         right_mask = (columns < K)[None, :] | (K % COLUMNS == 0) & (USED == COLUMNS)
-        if M % DEPTH != 0:
-            left_mask &= (first + depth < M)[:, None]
-            right_mask &= (first + depth < M)[:, None]
+        if not WHOLE_DEPTHS:
+            left_mask &= (first + depth < end)[:, None]
+            right_mask &= (first + depth < end)[:, None]
         dy = tl.load(dy_ptr + (first + depth)[:, None] * N + rows[None, :], mask=left_mask, other=0.0)
         x = tl.load(x_ptr + (first + depth)[:, None] * K + columns[None, :], mask=right_mask, other=0.0)
         dw = tl.dot(tl.trans(dy), x, dw, input_precision="ieee")
@@ -101,6 +107,49 @@ def votes(
     tl.store(score_ptr + rows[:, None] * R + theirs[None, :], score, mask=kept)
 
 
+@triton.jit
+def votes(
+    x_ptr,
+    dy_ptr,
+    trits_ptr,
+    score_ptr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    WHOLE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    """Votes of all rows, a tile of the matrix for each program."""
+    tile_votes(
+        x_ptr,
+        dy_ptr,
+        trits_ptr,
+        score_ptr,
+        tl.program_id(0),
+        0,
+        M,
+        M % DEPTH == 0,
+        N,
+        K,
+        P,
+        R,
+        G,
+        WHOLE,
+        GROUPS,
+        ROWS,
+        COLUMNS,
+        DEPTH,
+        BAND,
+    )
+
+
 def tile_of(dtype: jnp.dtype) -> Tile:
     """The tile for this dtype and device."""
     if dtype == jnp.float32:
@@ -113,33 +162,31 @@ def score(x: jax.Array, dy: jax.Array, trits: jax.Array, *, group_size: int) -> 
     return one_by_one(score_of, x, dy, trits, group_size=group_size)
 
 
+def cut_of(K: int, trits: jax.Array, group_size: int, tile: Tile) -> tuple[int, dict[str, int]]:
+    """(tiles that a matrix of trits `(..., N, P)` is cut into, the constants of `tile_votes`)."""
+    N, P = trits.shape[-2:]
+    whole = tile.columns // group_size
+    sizes = {"N": N, "K": K, "P": P, "R": group_count(K, group_size), "G": group_size}
+    cut = {"WHOLE": whole, "GROUPS": triton.next_power_of_2(whole), "ROWS": tile.rows, "COLUMNS": tile.columns}
+    tiles = triton.cdiv(N, tile.rows) * triton.cdiv(K, whole * group_size)
+    return tiles, {**sizes, **cut, "DEPTH": tile.depth, "BAND": tile.band}
+
+
 def score_of(x: jax.Array, dy: jax.Array, trits: jax.Array, *, group_size: int, tile: Tile | None = None) -> jax.Array:
     """`score` with its tile."""
     for name, array in (("x", x), ("dy", dy), ("trits", trits)):
         check_size("correlation_score", name, array)
     tile = tile or tile_of(x.dtype)
-    (M, K), (N, P) = x.shape, trits.shape
-    R = group_count(K, group_size)
-    whole = tile.columns // group_size
+    tiles, constants = cut_of(x.shape[1], trits, group_size, tile)
     return launch(
         votes,
         x,
         dy,
         trits,
-        out=jax.ShapeDtypeStruct((N, R), jnp.int32),
-        grid=(triton.cdiv(N, tile.rows) * triton.cdiv(K, whole * group_size),),
+        out=jax.ShapeDtypeStruct((constants["N"], constants["R"]), jnp.int32),
+        grid=(tiles,),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        M=M,
-        N=N,
-        K=K,
-        P=P,
-        R=R,
-        G=group_size,
-        WHOLE=whole,
-        GROUPS=triton.next_power_of_2(whole),
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        BAND=tile.band,
+        M=x.shape[0],
+        **constants,
     )

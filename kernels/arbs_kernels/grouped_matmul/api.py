@@ -10,14 +10,25 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
+from arbs_kernels.backends import triton_missing
 from arbs_kernels.grouped_matmul import reference
 from arbs_kernels.selection import Implementation, select
 from arbs_kernels.shapes import check_activations, check_matrix, check_pair, check_trits
+from arbs_kernels.triton_launch import lazily
 from arbs_kernels.tuning import tuned
 
-FORWARD = {"xla": Implementation(reference.forward)}
-INPUT_GRADIENT = {"xla": Implementation(reference.input_gradient)}
-SCORE = {"xla": Implementation(reference.score)}
+FORWARD = {
+    "xla": Implementation(reference.forward),
+    "triton": Implementation(lazily("arbs_kernels.grouped_matmul.triton", "forward"), triton_missing),
+}
+INPUT_GRADIENT = {
+    "xla": Implementation(reference.input_gradient),
+    "triton": Implementation(lazily("arbs_kernels.grouped_matmul.triton", "input_gradient"), triton_missing),
+}
+SCORE = {
+    "xla": Implementation(reference.score),
+    "triton": Implementation(lazily("arbs_kernels.grouped_matmul.triton", "score"), triton_missing),
+}
 
 
 def grouped_matmul(
@@ -37,7 +48,7 @@ def grouped_matmul(
         trits: `uint8 (X, N, ceil(K/5))`.
         scale: `float32 (X, N, ceil(K/group_size))`.
         group_size: columns that share one scale.
-        implementation: "xla", or None for the best that works here.
+        implementation: "xla", "triton", or None for the best that works here.
 
     Returns:
         `(M, N)` in the dtype of `x`, accumulated in float32.
@@ -73,7 +84,7 @@ def grouped_matmul_input_gradient(
         scale: `float32 (X, N, ceil(K/group_size))`.
         in_features: `K`, which the packed shape does not determine.
         group_size: columns that share one scale.
-        implementation: "xla", or None for the best that works here.
+        implementation: "xla", "triton", or None for the best that works here.
 
     Returns:
         `(M, K)` in the dtype of `dy`, accumulated in float32.
@@ -108,7 +119,7 @@ def grouped_score(
         group_sizes: `int32 (X,)`, rows of each expert.
         trits: `uint8 (X, N, ceil(K/5))`.
         group_size: columns that share one scale.
-        implementation: "xla", or None for the best that works here.
+        implementation: "xla", "triton", or None for the best that works here.
 
     Returns:
         `int32 (X, N, ceil(K/group_size))`, each in `[-group_size, group_size]`.
