@@ -113,10 +113,10 @@ class TestMosaicGpu(CorrelationScore):
     @pytest.mark.parametrize(
         "tiles",
         [
-            {"by_rows": False},
-            {"rows": 256, "columns": 128},
+            {"rows": 128, "columns": 256},
+            {"rows": 128, "columns": 256, "by_rows": False},
             {"cluster": True},
-            {"columns": 192, "steps": 2, "depth": 128, "band": 1},
+            {"rows": 128, "columns": 192, "steps": 2, "depth": 128, "band": 1},
         ],
         ids=str,
     )
@@ -137,6 +137,14 @@ class TestMosaicGpu(CorrelationScore):
         score = self.score(jnp.asarray(x, jnp.bfloat16), jnp.asarray(dy, jnp.bfloat16), matrix.trits, 32)
         np.testing.assert_array_equal(score, score_by_hand(dy.T @ x, matrix.dense_trits, 32))
 
+    @pytest.mark.parametrize("shape", [(4, 400), (8, 301), (12, 303), (3, 401), (4, 100), (16, 160)])
+    def test_rows_of_codes_go_round(self, shape):
+        codes = np.random.default_rng(16).integers(0, 256, shape, np.uint8)
+        rows = np.asarray(mosaic_gpu.extended(jnp.asarray(codes), 128))
+        assert rows.shape[1] >= shape[1] + 128 + 16
+        assert rows.shape[1] % 16 == 0
+        np.testing.assert_array_equal(rows, np.tile(codes, (1, 4))[:, : rows.shape[1]])
+
     def test_mapped(self):
         rng = np.random.default_rng(14)
         matrices = [random_matrix(rng, 9, 40, 8) for _ in range(2)]
@@ -153,7 +161,7 @@ class TestMosaicGpu(CorrelationScore):
 
     def test_refuses_a_tile_that_does_not_fit(self):
         x, dy = jnp.ones((2, 10), jnp.bfloat16), jnp.ones((2, 3), jnp.bfloat16)
-        with pytest.raises(UnsupportedError, match="needs 284672 bytes of shared memory, more than 232448"):
+        with pytest.raises(UnsupportedError, match="needs 288768 bytes of shared memory, more than 232448"):
             mosaic_gpu.score(x, dy, jnp.zeros((3, 2), jnp.uint8), group_size=8, tiles={"steps": 5})
 
 

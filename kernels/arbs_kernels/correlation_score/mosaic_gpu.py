@@ -47,9 +47,9 @@ SIGN_BIT = -(1 << 31)
 class Tile:
     """How the kernel is cut."""
 
-    rows: int = 128
+    rows: int = 256
     """Of N, a multiple of 128 (of 64 where warpgroups share them)."""
-    columns: int = 256
+    columns: int = 128
     """Of K, a multiple of 64 and of G."""
     depth: int = 64
     """Of M at once."""
@@ -68,10 +68,10 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"band": 4},
     {"band": 16},
     {"cluster": True},
-    {"cluster": True, "band": 4},
-    {"by_rows": False},
-    {"rows": 256, "columns": 128},
-    {"columns": 192, "steps": 4},
+    {"rows": 128, "columns": 256},
+    {"rows": 128, "columns": 256, "band": 16},
+    {"rows": 128, "columns": 256, "by_rows": False},
+    {"rows": 128, "columns": 192, "steps": 4},
 )
 """Tiles to try; a tile that does not fit the group size takes the nearest number of columns that does."""
 
@@ -241,16 +241,23 @@ def extended(trits: jax.Array, columns: int) -> jax.Array:
     """Rows of codes `(N, P)` repeated up to at least `P + columns + 16` bytes, a multiple of 16."""
     N, P = trits.shape
     width = padded(P + columns + ALIGNED, ALIGNED)
-    if P % 4:
-        return repeated(trits, width)
-    words = lax.bitcast_convert_type(trits.reshape(N, P // 4, 4), jnp.uint32)  # XLA copies single bytes slowly.
-    return lax.bitcast_convert_type(repeated(words, width // 4), jnp.uint8).reshape(N, width)
+    if N * P % 4 or width > 2 * P:
+        times, rest = divmod(width, P)
+        return jnp.concatenate([jnp.tile(trits, (1, times)), trits[:, :rest]], axis=1)
+    # XLA copies single bytes slowly: here a thread writes four.
+    words = lax.bitcast_convert_type(trits.reshape(-1, 4), jnp.uint32)
 
+    def bytes_from(place: jax.Array) -> jax.Array:
+        low, high = (words.at[(place >> 2) + after].get(mode="clip") for after in (0, 1))
+        shift = (place & 3).astype(jnp.uint32) * 8
+        return (low >> shift) | (high << 1 << (31 - shift))
 
-def repeated(rows: jax.Array, width: int) -> jax.Array:
-    """Rows, over and over, up to `width`."""
-    times, rest = divmod(width, rows.shape[1])
-    return jnp.concatenate([jnp.tile(rows, (1, times)), rows[:, :rest]], axis=1)
+    at = jnp.arange(0, width, 4, dtype=jnp.int32)
+    place = jnp.arange(N, dtype=jnp.int32)[:, None] * P + at
+    before_end = (jnp.uint32(1) << (jnp.clip(P - at, 0, 3).astype(jnp.uint32) * 8)) - 1
+    mask = jnp.where(at + 4 <= P, jnp.uint32(2**32 - 1), before_end)
+    repeated = (bytes_from(place) & mask) | (bytes_from(place - P) & ~mask)
+    return lax.bitcast_convert_type(repeated, jnp.uint8).reshape(N, width)
 
 
 def score(
