@@ -1,8 +1,8 @@
 """Where the time of the fused product of few rows goes: right first, then each tile whole, then the parts of one call.
 
-    python experiments/2026_11_21_kernels/time_few_rows.py [--rows 1 16 64] [--sizes 10240 4096]
+    python experiments/2026_11_21_kernels/time_few_rows.py [--rows 1 16 64] [--sizes 10240 8192 4096] [--no-checks]
 
-One line each, as soon as it is known; a failure is a line too.
+One line each, as soon as it is known, each time beside the dense product of the same run; a failure is a line too.
 """
 
 import argparse
@@ -15,24 +15,45 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 
 from arbs_kernels.codec import packed_width
-from arbs_kernels.packed_matmul import reference, triton
+from arbs_kernels.packed_matmul import triton
 
 G = 32
 CALLS = 10
 Tile = triton.Tile
 TILES = {
-    1: [Tile(1, 1, 4), Tile(1, 1, 8), Tile(1, 1, 8, whole_x=False), Tile(1, 2, 4), Tile(1, 1, 2, 2), Tile(2, 1, 8)],
-    16: [Tile(1, 2, 4, 1, False), Tile(1, 4, 2, 1, False), Tile(2, 1, 8, 1, False), Tile(2, 2, 4, 2, False)],
-    64: [Tile(1, 8, 1, 6, False), Tile(1, 4, 2, 3, False), Tile(2, 4, 1, 6, False)],
+    (1, 10240): [Tile(1, 1, 4), Tile(1, 1, 4, chunk=2), Tile(1, 1, 2, words=8), Tile(1, 1, 2, words=8, ahead=2)],
+    (1, 8192): [Tile(1, 1, 4), Tile(1, 1, 4, words=8)],
+    (1, 4096): [Tile(1, 1, 8), Tile(1, 1, 8, words=8)],
+    (16, 10240): [
+        Tile(1, 2, 4, direct_x=False),
+        Tile(1, 1, 4, direct_x=False),
+        Tile(2, 1, 4),
+        Tile(2, 4, 1, splits=4, direct_x=False),
+    ],
+    (16, 8192): [Tile(1, 2, 4, direct_x=False)],
+    (16, 4096): [Tile(1, 1, 8, words=8, direct_x=False)],
+    (64, 10240): [Tile(2, 8, 1, splits=3, direct_x=False), Tile(2, 4, 1, splits=3, direct_x=False)],
+    (64, 8192): [Tile(1, 8, 1, splits=2, direct_x=False), Tile(2, 8, 1, splits=4, direct_x=False)],
+    (64, 4096): [Tile(1, 8, 1, splits=4, direct_x=False)],
 }
-"""To try, by rows of x."""
-CHECKED = [(1, 64, 1280), (3, 130, 1003), (9, 48, 2048), (16, 640, 1280), (40, 65, 1002), (64, 256, 1600)]
-"""(M, N, K) whose products are compared with the reference, with groups of 8, 32 and 96."""
+"""To try, by rows of x and size."""
+CHECKED = [
+    (1, 64, 1280, 32, None),
+    (1, 64, 1640, 32, None),
+    (2, 130, 1002, 8, None),
+    (3, 48, 2048, 96, Tile(1, 2, 2, words=8, chunk=2)),
+    (9, 70, 1003, 16, None),
+    (16, 640, 1280, 32, Tile(2, 1, 4)),
+    (40, 65, 1002, 64, None),
+    (64, 512, 3200, 32, None),
+]
+"""(M, N, K, G, tile) whose products are compared with sums in float64."""
 
 
 def line(what: str, test: Callable[[], str]) -> None:
@@ -45,27 +66,29 @@ def line(what: str, test: Callable[[], str]) -> None:
     print(f"{what:<62s} {result}   ({time.perf_counter() - start:.1f} s)", flush=True)
 
 
-def matrix(key: int, N: int, K: int, group_size: int = G) -> tuple[jax.Array, jax.Array]:
+def matrix(seed: int, N: int, K: int, group_size: int = G) -> tuple[np.ndarray, np.ndarray]:
     """Packed trits, any bytes (each decodes to trits), and scales."""
-    trits, scales = jax.random.split(jax.random.key(key))
-    scale = jnp.exp2(jax.random.uniform(scales, (N, -(-K // group_size)), minval=-4.0, maxval=0.0))
-    return jax.random.bits(trits, (N, packed_width(K)), jnp.uint8), scale
+    rng = np.random.default_rng(seed)
+    trits = rng.integers(0, 256, (N, packed_width(K)), np.uint8)
+    return trits, np.exp2(rng.uniform(-4.0, 0.0, (N, -(-K // group_size)))).astype(np.float32)
 
 
-def normal(key: int, *shape: int) -> jax.Array:
+def normal(seed: int, *shape: int) -> np.ndarray:
     """bfloat16 activations."""
-    return jax.random.normal(jax.random.key(key), shape, jnp.bfloat16)
+    return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
 
 
-def checked(M: int, N: int, K: int, group_size: int) -> str:
+def checked(M: int, N: int, K: int, group_size: int, tile: triton.Tile | None) -> str:
     """Largest error against float64 sums, of the sum of absolute values."""
     trits, scale = matrix(M, N, K, group_size)
     x = normal(1, M, K)
-    w = np.asarray(reference.decode(trits, scale, K, group_size, jnp.bfloat16), np.float64)
-    exact = np.asarray(x, np.float64)
-    got = np.asarray(jax.jit(partial(triton.fused, group_size=group_size))(x, trits, scale), np.float64)
-    worst = np.max(np.abs(got - exact @ w.T) / (np.abs(exact) @ np.abs(w).T + 1e-30))
-    return f"{'ok' if worst < 2**-7 else 'WRONG'}, largest error {worst:.1e}"
+    fraction = trits[:, None, :] * (3 ** np.arange(5, dtype=np.uint8))[:, None]
+    digits = (fraction.astype(np.int64) * 3 >> 8).reshape(N, -1)[:, :K] - 1
+    w = digits * np.repeat(scale.astype(ml_dtypes.bfloat16).astype(np.float64), group_size, axis=1)[:, :K]
+    exact = x.astype(np.float64)
+    got = jax.jit(partial(triton.fused, group_size=group_size, tile=tile))(x, trits, scale)
+    error = np.abs(np.asarray(got).astype(np.float64) - exact @ w.T) / (np.abs(exact) @ np.abs(w).T + 1e-30)
+    return f"{'ok' if np.max(error) < 2**-7 else 'WRONG'}, largest error {np.max(error):.1e}"
 
 
 def seconds(function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, ...]]) -> float:
@@ -92,20 +115,29 @@ def seconds(function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, 
     return statistics.median(took)
 
 
-def timed(what: str, function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, ...]]) -> None:
-    """A line in microseconds."""
-    line(what, lambda: f"{seconds(function, sets) * 1e6:8.1f} us")
+def timed(
+    what: str, function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, ...]], dense: float | None = None
+) -> float | None:
+    """A line in microseconds, and how often it goes into `dense`; the seconds."""
+    took = []
+
+    def text() -> str:
+        took.append(seconds(function, sets))
+        return f"{took[0] * 1e6:8.1f} us" + (f"  {dense / took[0]:5.2f}x" if dense else "")
+
+    line(what, text)
+    return took[0] if took else None
 
 
-def parts(N: int, M: int, x: jax.Array, matrices: Sequence[tuple[jax.Array, jax.Array]]) -> None:
-    """What a call consists of: x in the order of fragments, the kernel on it, the sum of the splits."""
-    cut = triton.cut_of(N, packed_width(N), triton.tile_of(M))
-    prepare = partial(triton.fragments, P=packed_width(N), classes=cut.classes, tiles=cut.tiles)
-    timed(f"{N}: M={M} x in the order of fragments", prepare, [(x,)])
-    ready = jax.jit(prepare)(x)
+def parts(N: int, M: int, tile: triton.Tile, matrices: Sequence[tuple[jax.Array, jax.Array]]) -> None:
+    """What a call with fragments consists of: x in their order, the kernel on it, the sum of the splits."""
+    cut = triton.cut_of(N, packed_width(N), G, tile)
+    x = normal(M, M, N)
+    timed(f"{N}: M={M} x in the order of fragments", lambda x: triton.fragments(x, packed_width(N), cut), [(x,)])
+    ready = jax.jit(lambda x: triton.fragments(x, packed_width(N), cut))(x)
 
     def kernel(ready: jax.Array, trits: jax.Array, scale: jax.Array) -> jax.Array:
-        return triton.partial_products(ready, trits, scale, M=M, group_size=G, cut=cut, whole_x=False)
+        return triton.partial_products(ready, trits, scale, shape=(M, N), group_size=G, cut=cut, direct_x=False)
 
     timed(f"{N}: M={M} the kernel alone", kernel, [(ready, *both) for both in matrices])
     if cut.splits > 1:
@@ -117,23 +149,29 @@ def main() -> None:
     """Checks, then times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10240, 4096])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10240, 8192, 4096])
+    parser.add_argument("--no-checks", action="store_true")
     flags = parser.parse_args()
     print(jax.devices()[0].device_kind, jax.__version__, flush=True)
-    for index, (M, N, K) in enumerate(CHECKED):
-        group_size = (32, 8, 96)[index % 3]
-        line(f"check {M}x{N}x{K} G={group_size}", partial(checked, M, N, K, group_size))
+    for case in [] if flags.no_checks else CHECKED:
+        line(f"check {case[0]}x{case[1]}x{case[2]} G={case[3]}", partial(checked, *case))
+    tiny = [(normal(1, 1, 80), *matrix(1, 16, 80))]
+    timed("a product of nothing much: what a launch costs", partial(triton.fused, group_size=G), jax.device_put(tiny))
     for N in flags.sizes:
-        matrices = [matrix(key, N, N) for key in range(4)]
-        weights = [normal(key, N, N) for key in range(2)]
+        matrices = jax.device_put([matrix(seed, N, N) for seed in range(4)])
+        weights = [jax.random.normal(jax.random.key(seed), (N, N), jnp.bfloat16) for seed in range(2)]
         for M in flags.rows:
-            x = normal(M, M, N)
-            timed(f"{N}: M={M} jnp.dot", lambda x, w: jnp.dot(x, w.T), [(x, w) for w in weights])
-            for tile in TILES[M] if flags.sizes[0] == N else [triton.tile_of(M)]:
-                cut = ", ".join(f"{name}={value}" for name, value in vars(tile).items())
+            x = jax.device_put(normal(M, M, N))
+            dense = timed(f"{N}: M={M} jnp.dot", lambda x, w: jnp.dot(x, w.T), [(x, w) for w in weights])
+            tiles = TILES.get((M, N), [triton.tile_of(M, N, packed_width(N))])
+            for tile in tiles:
+                cut = ", ".join(
+                    f"{name}={value}" for name, value in vars(tile).items() if value != getattr(Tile, name, 0)
+                )
                 run = partial(triton.fused, group_size=G, tile=tile)
-                timed(f"{N}: M={M} {cut}", run, [(x, *both) for both in matrices])
-            parts(N, M, x, matrices)
+                timed(f"{N}: M={M} {cut}", run, [(x, *both) for both in matrices], dense)
+            if M > 1 and flags.sizes[0] == N:
+                parts(N, M, tiles[0], matrices)
 
 
 if __name__ == "__main__":

@@ -1,298 +1,78 @@
 """Packed products by Triton kernels: few rows of bfloat16 activations straight from the bytes, many through the weight.
 
-The fused kernel computes `y^T = W x^T` with weights as the first operand of the tensor core's 16 x 8 x 16 product,
-which each warp issues by itself (`mma.sync`) on weights that it decoded in its own registers: two bytes cost 15
-instructions for ten weights (`arbs_kernels.packed_decode.triton` has the arithmetic). No shared memory, no barrier and
-no wait until the end, so many warps hide each other's loads. Every tensor has one element for each thread of the
-program: that is the one layout in which an instruction of a whole warp finds its operands.
-
-The order of the products' inner axis is free, as long as both operands agree. In fragment `m16n8k16` a thread holds
-rows `lane / 4` and 8 more of W, columns `lane / 4` of `x^T`, and four positions of the inner axis: it takes 16 bytes of
-a row in one go, four for each fragment, five planes each. So a thread needs one scale for 16 weights, or two and a mask
-where a group may end among them. Groups shorter than 16 take a scale, or two, for every four.
-
-Rows of P bytes begin at any address; those `CLASSES` apart begin at the same remainder modulo 4. A program takes rows
-of one class, reads from the aligned word before their beginning, and finds activations shifted alike.
+`few_rows_kernel` has the kernel for few rows; here is how it is cut, and in what order x lies for it.
 """
 
-# ruff: noqa: RUF005  Triton's compiler knows no unpacking.
-
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 import jax
 import jax.numpy as jnp
 import triton
-import triton.language as tl
 
 from arbs_kernels.packed_decode.triton import weight_of
+from arbs_kernels.packed_matmul.few_rows_kernel import few_rows
 from arbs_kernels.packed_matmul.reference import precision_of
 from arbs_kernels.triton_launch import check_size, launch, one_by_one
 
 FUSED_ROWS = 64
 """Most rows of the fused kernel."""
-TILE_BYTES = tl.constexpr(64)
-"""Of a row that a warp takes at once: 16 for each of four threads."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How the fused kernel is cut; all powers of two but `splits`."""
+    """How the fused kernel is cut; powers of two but `ahead` and `splits`."""
 
     row_tiles: int
     """Times 16 rows of W of one warp, which share what it loads of x."""
     row_warps: int
     """Warps side by side along the rows, which meet in the cache what they load of x."""
     depth_warps: int
-    """Warps that share the reduction; their sums are added within the program."""
+    """Warps that share the reduction, a tile each by turns; their sums are added within the program."""
+    words: int = 4
+    """Times four codes of a row that a thread takes in one go, 4 or 8; 4 where groups have less than 32 columns."""
+    chunk: int = 1
+    """Words that are decoded, and whose x is loaded, at once; 1 or 2."""
+    ahead: int = 1
+    """Tiles asked for before the one at hand is computed."""
     splits: int = 1
     """Programs that share the reduction; their sums are added by another kernel."""
-    whole_x: bool = True
+    direct_x: bool = True
     """Whether x is read as it is where that is possible, not from a copy in the order of fragments."""
 
 
-def tile_of(M: int) -> Tile:
-    """The tile for so many rows."""
+_SMS = 132
+"""Multiprocessors to fill at once, those of an H200; on others programs wait for each other, no more."""
+
+
+def tile_of(M: int, N: int, P: int) -> Tile:
+    """The tile for so many rows of x and of W."""
+    sixteens = triton.cdiv(N, 16 * _SMS)
     if M <= 8:
-        return Tile(row_tiles=1, row_warps=1, depth_warps=4)
+        # All programs at once, 16 to 20 warps for each multiprocessor.
+        return Tile(1, 1, 16 if sixteens == 1 else 8 if sixteens == 2 else 4, direct_x=M <= 4)
     if M <= 16:
-        return Tile(row_tiles=1, row_warps=2, depth_warps=4, whole_x=False)
-    return Tile(row_tiles=1, row_warps=8, depth_warps=1, splits=6, whole_x=False)
+        few = sixteens <= 2
+        return Tile(1, 1, 8, words=8, direct_x=False) if few else Tile(1, 2, 4, direct_x=False)
+    # Rows that begin anywhere take more registers: two scales for each run.
+    row_tiles = 2 if P % 16 == 0 else 1
+    return Tile(row_tiles, 8, 1, splits=max(1, _SMS // triton.cdiv(N, 128 * row_tiles)), direct_x=False)
 
 
-def _planes_of_pair(pair: str, half: int) -> str:
-    """From two codes in the halves of a register: two times each trit, lowest plane first."""
-    code = [f"mad.lo.u32 t, {pair}, 192, 0xC000C000; and.b32 ${half}, t, 0xC000C000;"]
-    for plane in range(1, 5):
-        code.append("and.b32 t, t, 0x3FC03FC0; mad.lo.u32 t, t, 3, 0xC000C000;")
-        code.append(f"and.b32 ${2 * plane + half}, t, 0xC000C000;")
-    return " ".join(code)
+def fragments(x: jax.Array, P: int, cut: "Cut") -> jax.Array:
+    """Activations `(M, K)` in the order that threads read them, `(classes, 5, tiles, ceil(M/8), chunks, 8, 4, c, 4)`.
 
-
-_FIVE_PLANES = tl.constexpr(
-    "{ .reg .b32 a, b, t; prmt.b32 a, $10, 0, 0x4140; prmt.b32 b, $10, 0, 0x4342; "
-    + _planes_of_pair("a", 0)
-    + " "
-    + _planes_of_pair("b", 1)
-    + " }"
-)
-# Products are fused multiply-adds with -0, which every GPU since Ampere has.
-_SCALED = tl.constexpr("{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }")
-# The first scale where the mask is set, the second elsewhere.
-_PICKED = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xCA;")
-_TWICE = tl.constexpr("cvt.rn.bf16x2.f32 $0, $1, $1;")
-_PRODUCT = tl.constexpr(
-    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9},"
-    " {$10, $11, $12, $13};"
-)
-
-
-@triton.jit
-def five_planes(word):
-    """Two times the trits of four codes in a uint32: ten pairs of bfloat16, two for each plane."""
-    return tl.inline_asm_elementwise(
-        _FIVE_PLANES,
-        "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r",
-        [word],
-        (tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def product(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
-    """`c + a b` of fragments, a warp each; operands are pairs of bfloat16 in uint32, sums float32."""
-    return tl.inline_asm_elementwise(
-        _PRODUCT,
-        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
-        [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
-        (tl.float32, tl.float32, tl.float32, tl.float32),
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def words_at(trits_ptr, offset, live, P: tl.constexpr, LAST: tl.constexpr):
-    """Sixteen codes from `offset` on, four uint32; 0 past the array."""
-    words = ()
-    if P % 8 == 0:
-        for half in tl.static_range(2):
-            at = offset + 8 * half
-            two = tl.load(trits_ptr.to(tl.pointer_type(tl.uint64)) + at // 8, mask=live & (at < LAST), other=0)
-            words = words + (two.to(tl.uint32), (two >> 32).to(tl.uint32))
-    else:
-        for quarter in tl.static_range(4):
-            at = offset + 4 * quarter
-            one = tl.load(trits_ptr.to(tl.pointer_type(tl.uint32)) + at // 4, mask=live & (at < LAST), other=0)
-            words = words + (one,)
-    return words
-
-
-@triton.jit
-def codes_at(trits_ptr, starts, byte, live, P: tl.constexpr, LAST: tl.constexpr):
-    """`words_at` of every row."""
-    words = ()
-    for row in tl.static_range(len(starts)):
-        words = words + words_at(trits_ptr, starts[row] + byte, live, P, LAST)
-    return words
-
-
-@triton.jit
-def scales_at(scale_ptr, rows, column, R: tl.constexpr, G: tl.constexpr, EXACT: tl.constexpr):
-    """Scales of each of `rows` from `column` on, and of the group after, in both halves of a uint32."""
-    group = tl.maximum(column, 0) // G
-    pairs = ()
-    for row in tl.static_range(len(rows)):
-        for after in tl.static_range(1 if EXACT else 2):
-            one = tl.load(scale_ptr + rows[row] * R + tl.minimum(group + after, R - 1))
-            twice = tl.inline_asm_elementwise(_TWICE, "=r,r", [one], tl.uint32, is_pure=True, pack=1)
-            pairs = pairs + (twice,)
-    return pairs
-
-
-@triton.jit
-def scaled(pair, place: tl.constexpr, row: tl.constexpr, scales, left, EXACT: tl.constexpr):
-    """A pair of weights: twice its trits times its scale; its first is at `place`, the first group ends at `left`."""
-    if EXACT:
-        scale = scales[row]
-    else:
-        first = tl.where(place < left, 0xFFFF, 0) | tl.where(place + 1 < left, -65536, 0)
-        scale = tl.inline_asm_elementwise(
-            _PICKED, "=r,r,r,r", [first, scales[2 * row], scales[2 * row + 1]], tl.uint32, is_pure=True, pack=1
-        )
-    return tl.inline_asm_elementwise(_SCALED, "=r,r,r", [pair, scale], tl.uint32, is_pure=True, pack=1)
-
-
-@triton.jit
-def few_rows(
-    x_ptr,
-    trits_ptr,
-    scale_ptr,
-    y_ptr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    R: tl.constexpr,
-    G: tl.constexpr,
-    M: tl.constexpr,
-    CLASSES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    TILES: tl.constexpr,
-    TILES_EACH: tl.constexpr,
-    WHOLE_X: tl.constexpr,
-    ROW_TILES: tl.constexpr,
-    ROW_WARPS: tl.constexpr,
-    DEPTH_WARPS: tl.constexpr,
-):
-    """Part of `y` (splits, M, N) of one block of rows and some tiles of bytes.
-
-    x: bfloat16 (M, 5 P) if WHOLE_X, else what `fragments` makes; scale: float32 (N, R). A warp takes `TILES_EACH`
-    tiles, one after another; what it decodes past the end of a row meets zeros of x.
-    """
-    BLOCKS_OF_8: tl.constexpr = (M + 7) // 8
-    UNIT: tl.constexpr = 16 if G >= 16 else 4
-    EXACT: tl.constexpr = (P % UNIT == 0) & (G % UNIT == 0)
-    LAST: tl.constexpr = (N * P + 3) // 4 * 4
-    thread = tl.arange(0, 32 * ROW_WARPS * DEPTH_WARPS)
-    lane = thread % 32
-    depth = thread // 32 % DEPTH_WARPS
-    member = tl.program_id(0) // BLOCKS
-    block = tl.program_id(0) % BLOCKS * (16 * ROW_TILES * ROW_WARPS)
-    phase = member * P % 4
-    local = block + thread // (32 * DEPTH_WARPS) * (16 * ROW_TILES) + lane // 4
-    starts = ()
-    rows = ()
-    for each in tl.static_range(2 * ROW_TILES):
-        inner = tl.minimum(local + 8 * each, (N - 1 - member) // CLASSES)
-        starts = starts + (member * P // 4 * 4 + inner * (CLASSES * P),)
-        rows = rows + (member + CLASSES * inner,)
-    total = ()
-    for _ in tl.static_range(4 * ROW_TILES * BLOCKS_OF_8):
-        total = total + (tl.zeros_like(lane).to(tl.float32),)
-
-    first_tile = (tl.program_id(1) * DEPTH_WARPS + depth) * TILES_EACH
-    x64 = x_ptr.to(tl.pointer_type(tl.uint64))
-    byte = first_tile * TILE_BYTES + lane % 4 * 16
-    words = codes_at(trits_ptr, starts, byte, byte < P + 3, P, LAST)
-    for step in range(TILES_EACH):
-        tile = first_tile + step
-        byte = tile * TILE_BYTES + lane % 4 * 16
-        ahead = (byte + TILE_BYTES < P + 3) & (step + 1 < TILES_EACH)
-        next_words = codes_at(trits_ptr, starts, byte + TILE_BYTES, ahead, P, LAST)
-        scales = ()
-        if UNIT == 16:
-            for plane in tl.static_range(5):
-                scales = scales + (scales_at(scale_ptr, rows, plane * P + byte - phase, R, G, EXACT),)
-        for word in tl.static_range(4):
-            pairs = ()
-            for each in tl.static_range(2 * ROW_TILES):
-                pairs = pairs + (five_planes(words[4 * each + word]),)
-            for plane in tl.static_range(5):
-                column = plane * P + byte - phase
-                if UNIT == 16:
-                    own = scales[plane]
-                else:
-                    column += 4 * word
-                    own = scales_at(scale_ptr, rows, column, R, G, EXACT)
-                left = (tl.maximum(column, 0) // G + 1) * G - column
-                weights = ()
-                for each in tl.static_range(2 * ROW_TILES):
-                    low = scaled(pairs[each][2 * plane], 4 * word % UNIT, each, own, left, EXACT)
-                    high = scaled(pairs[each][2 * plane + 1], 4 * word % UNIT + 2, each, own, left, EXACT)
-                    weights = weights + (low, high)
-                sums = ()
-                for eight in tl.static_range(BLOCKS_OF_8):
-                    if WHOLE_X:
-                        m = eight * 8 + lane // 4
-                        at = (m * (5 * P) + plane * P + byte) // 4 + word
-                        x = tl.load(x64 + at, mask=(m < M) & (byte < P), other=0)
-                    else:
-                        run = ((member * 5 + plane) * TILES + tile) * BLOCKS_OF_8 + eight
-                        x = tl.load(x64 + (run * 4 + word) * 32 + lane)
-                    b0 = x.to(tl.uint32)
-                    b1 = (x >> 32).to(tl.uint32)
-                    for t in tl.static_range(ROW_TILES):
-                        sums = sums + product(
-                            weights[4 * t],
-                            weights[4 * t + 2],
-                            weights[4 * t + 1],
-                            weights[4 * t + 3],
-                            b0,
-                            b1,
-                            total[4 * (eight * ROW_TILES + t)],
-                            total[4 * (eight * ROW_TILES + t) + 1],
-                            total[4 * (eight * ROW_TILES + t) + 2],
-                            total[4 * (eight * ROW_TILES + t) + 3],
-                        )
-                total = sums
-        words = next_words
-
-    out = y_ptr + tl.program_id(1) * (M * N)
-    if DEPTH_WARPS > 1:
-        lane = tl.arange(0, 32)[None, :]
-        local = block + tl.arange(0, ROW_WARPS)[:, None] * (16 * ROW_TILES) + lane // 4
-    for part in tl.static_range(4 * ROW_TILES * BLOCKS_OF_8):
-        value = total[part]
-        if DEPTH_WARPS > 1:
-            value = tl.sum(tl.reshape(value, (ROW_WARPS, DEPTH_WARPS, 32)), axis=1)
-        m = part // (4 * ROW_TILES) * 8 + lane % 4 * 2 + part % 2
-        n = member + CLASSES * (local + part // 4 % ROW_TILES * 16 + part % 4 // 2 * 8)
-        tl.store(out + m * N + n, (value * 0.5).to(y_ptr.dtype.element_ty), mask=(m < M) & (n < N))
-
-
-def fragments(x: jax.Array, P: int, classes: int, tiles: int) -> jax.Array:
-    """Activations `(M, K)` in the order that threads read them, `(classes, 5, tiles, ceil(M/8), 4, 8, 4, 4)`.
-
-    The last axes are the word, the row of x, the thread's bytes, and their position in the word.
+    The last axes are the row of x, the thread's run of bytes, words that are read at once, and the place in the word.
     """
     M, K = x.shape
     blocks = triton.cdiv(M, 8)
+    words, together = cut.tile.words, cut.tile.chunk
     planes = jnp.pad(x, ((0, 8 * blocks - M), (0, 5 * P - K))).reshape(8 * blocks, 5, P)
-    room = tiles * TILE_BYTES.value - P
-    phases = [member * P % 4 for member in range(classes)]
+    room = cut.tiles * 16 * words - P
+    phases = [member * P % 4 for member in range(cut.classes)]
     shifted = jnp.stack([jnp.pad(planes, ((0, 0), (0, 0), (phase, room - phase))) for phase in phases])
-    return shifted.reshape(classes, blocks, 8, 5, tiles, 4, 4, 4).transpose(0, 3, 4, 1, 6, 2, 5, 7)
+    shape = (cut.classes, blocks, 8, 5, cut.tiles, 4, words // together, together, 4)
+    return shifted.reshape(shape).transpose(0, 3, 4, 1, 6, 2, 5, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -303,28 +83,41 @@ class Cut:
     classes: int
     blocks: int
     """Programs along the rows of one class."""
-    each: int
+    steps: int
     """Tiles of one warp."""
     tiles: int
     """Of a row, with those that only fill up."""
     splits: int
+    whole: bool
+    """Whether all tiles are full."""
 
 
-def cut_of(N: int, P: int, tile: Tile) -> Cut:
+def cut_of(N: int, P: int, group_size: int, tile: Tile) -> Cut:
     """How `tile` cuts a matrix."""
+    if group_size < 32:
+        tile = replace(tile, words=4)
+    bytes_each = 16 * tile.words
     classes = min(4 // gcd(P, 4), N)
     blocks = triton.cdiv(triton.cdiv(N, classes), 16 * tile.row_tiles * tile.row_warps)
-    needed = triton.cdiv(P + (3 if classes > 1 else 0), TILE_BYTES.value)
-    each = triton.cdiv(needed, tile.splits * tile.depth_warps)
-    splits = triton.cdiv(needed, each * tile.depth_warps)
-    return Cut(tile, classes, blocks, each, each * tile.depth_warps * splits, splits)
+    needed = triton.cdiv(P + (3 if classes > 1 else 0), bytes_each)
+    steps = triton.cdiv(needed, tile.splits * tile.depth_warps)
+    splits = triton.cdiv(needed, steps * tile.depth_warps)
+    tiles = steps * tile.depth_warps * splits
+    return Cut(tile, classes, blocks, steps, tiles, splits, tiles * bytes_each == P)
 
 
 def partial_products(
-    x: jax.Array, trits: jax.Array, scale: jax.Array, *, M: int, group_size: int, cut: Cut, whole_x: bool
+    x: jax.Array,
+    trits: jax.Array,
+    scale: jax.Array,
+    *,
+    shape: tuple[int, int],
+    group_size: int,
+    cut: Cut,
+    direct_x: bool,
 ) -> jax.Array:
-    """`(splits, M, N)`, float32, or bfloat16 where there is one split; `x` as `few_rows` takes it."""
-    N, P = trits.shape
+    """`(splits, M, N)`, float32, or bfloat16 where there is one split; `x` of `shape`, as `few_rows` takes it."""
+    (M, K), (N, P) = shape, trits.shape
     return launch(
         few_rows,
         x,
@@ -335,15 +128,20 @@ def partial_products(
         num_warps=cut.tile.row_warps * cut.tile.depth_warps,
         num_stages=1,
         N=N,
+        K=K,
         P=P,
         R=scale.shape[1],
         G=group_size,
         M=M,
         CLASSES=cut.classes,
         BLOCKS=cut.blocks,
+        STEPS=cut.steps,
         TILES=cut.tiles,
-        TILES_EACH=cut.each,
-        WHOLE_X=whole_x,
+        WHOLE=cut.whole,
+        DIRECT_X=direct_x,
+        WORDS=cut.tile.words,
+        CHUNK=cut.tile.chunk,
+        AHEAD=min(cut.tile.ahead, cut.steps - 1),
         ROW_TILES=cut.tile.row_tiles,
         ROW_WARPS=cut.tile.row_warps,
         DEPTH_WARPS=cut.tile.depth_warps,
@@ -355,14 +153,18 @@ def sum_of_splits(parts: jax.Array) -> jax.Array:
     return jnp.sum(parts, axis=0, dtype=jnp.float32).astype(jnp.bfloat16)
 
 
+def is_direct(M: int, K: int, P: int) -> bool:
+    """Whether the fused kernel can read x as it is: by pairs for very few rows, by eights for more."""
+    return K % 2 == 0 if M <= 4 else K % 8 == 0 and P % 8 == 0
+
+
 def fused(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int, tile: Tile | None = None) -> jax.Array:
     """`y = x W^T` for few rows of bfloat16."""
     (M, K), (N, P) = x.shape, trits.shape
-    tile = tile or tile_of(M)
-    cut = cut_of(N, P, tile)
-    whole_x = tile.whole_x and K == 5 * P and P % 16 == 0
-    x = x if whole_x else fragments(x, P, cut.classes, cut.tiles)
-    parts = partial_products(x, trits, scale, M=M, group_size=group_size, cut=cut, whole_x=whole_x)
+    cut = cut_of(N, P, group_size, tile or tile_of(M, N, P))
+    direct_x = cut.tile.direct_x and is_direct(M, K, P)
+    given = x if direct_x else fragments(x, P, cut)
+    parts = partial_products(given, trits, scale, shape=(M, K), group_size=group_size, cut=cut, direct_x=direct_x)
     return parts[0] if cut.splits == 1 else sum_of_splits(parts)
 
 
