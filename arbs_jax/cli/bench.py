@@ -5,7 +5,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,18 +116,36 @@ def run(args: Bench) -> int:
     implementations = {name: _implementations(name, args.implementations, operators) for name in operators}
     arms = list(_arms(args, implementations, dtype))
     _check_writable(args)
-    gpu = compute_capability() > 0
+    measured = _Measured({}, [], [])
     with _progress(len(arms) + 2) as progress:
         task = progress.add_task("probing the machine", total=len(arms) + 2)
         bandwidth = timing.copy_bandwidth()
         progress.advance(task)
-        rate = timing.matrix_rate(dtype, 8192 if gpu else 512)
+        rate = timing.matrix_rate(dtype, 8192 if compute_capability() > 0 else 512)
         progress.advance(task)
-        measured = _Measured({}, [], [])
-        for arm in arms:
-            progress.update(task, description=str(arm))
-            _measure(arm, dtype, measured, check=args.tune)
-            progress.advance(task)
+        try:
+            for arm in arms:
+                progress.update(task, description=str(arm))
+                _measure(arm, dtype, measured, check=args.tune)
+                progress.advance(task)
+        except BaseException:
+            # Stopped halfway, minutes of measurements are still worth having; tables are only tuned by whole runs.
+            _report(replace(args, tune=False), operators, arms, dtype, measured, bandwidth, rate)
+            raise
+    _report(args, operators, arms, dtype, measured, bandwidth, rate)
+    return 1 if measured.failed else 0
+
+
+def _report(
+    args: Bench,
+    operators: Sequence[str],
+    arms: Sequence[_Arm],
+    dtype: Any,
+    measured: _Measured,
+    bandwidth: float,
+    rate: float,
+) -> None:
+    """Prints, and writes what was asked for."""
     rate = max([rate, *_dense_rates(arms, measured)])
     rows = [row for arm in arms if (row := _row(arm, dtype, measured, bandwidth, rate)) is not None]
     facts = {
@@ -153,7 +171,6 @@ def run(args: Bench) -> int:
         args.json.write_text(json.dumps(content, indent=1) + "\n")
     if args.tune:
         _record(rows, dtype.name)
-    return 1 if measured.failed else 0
 
 
 def _implementations(operator: str, asked: Sequence[str], operators: Sequence[str]) -> list[str]:

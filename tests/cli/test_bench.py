@@ -51,6 +51,28 @@ def test_one_operator_on_shapes_that_were_asked_for(tmp_path: Path, capsys: pyte
     assert rows[0]["operations"] == 2 * 7 * 5 * 33
 
 
+def test_what_was_measured_before_an_interruption_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    measure, calls = timing.seconds_per_call, []
+
+    def interrupted_at_the_last(*args: Any) -> float:
+        calls.append(args)
+        # Bandwidth, matrix rate; a dense and a packed arm of each shape.
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(timing, "seconds_per_call", interrupted_at_the_last)
+    path = tmp_path / "bench.json"
+    words = ("--shapes", "7x5x33g8", "1x2x3g4", "--ops", "correlation_score", "--json", path)
+    assert call("bench", *words, "--implementations", "xla") == 130
+    out, err = capsys.readouterr()
+    assert err == "interrupted\n"
+    assert "7x5x33g8" in out
+    assert [row["shape"] for row in json.loads(path.read_text())["rows"]] == ["7x5x33g8"]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
