@@ -39,14 +39,16 @@ def launch(
     """Runs `kernel` over `grid`; results, nested like `out`, are not initialised."""
     import jax_triton
 
-    named_out = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
+    # jax-triton 0.4 renamed the results. The compiler behind it stops fusing multiplications with additions by default.
+    renamed = "out_type" in inspect.signature(jax_triton.triton_call).parameters
+    named = {"out_type": out, "backend_options": {"enable_fp_fusion": True}} if renamed else {"out_shape": out}
     return jax_triton.triton_call(
         *arrays,
         kernel=kernel,
         grid=grid,
         num_warps=num_warps,
         num_stages=num_stages,
-        **{named_out: out},
+        **named,
         **constants,
     )
 
