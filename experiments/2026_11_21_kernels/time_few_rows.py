@@ -8,6 +8,7 @@ One line each, as soon as it is known, each time beside the dense product of the
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -91,8 +92,9 @@ def checked(M: int, N: int, K: int, group_size: int, tile: triton.Tile | None) -
     return f"{'ok' if np.max(error) < 2**-7 else 'WRONG'}, largest error {np.max(error):.1e}"
 
 
-def seconds(function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, ...]]) -> float:
-    """Device time of one call: several on rotating inputs in one program, one after another; a median."""
+def seconds(function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, ...]]) -> tuple[float, float]:
+    """Of one call, several on rotating inputs in one program, one after another: by the clock, a median, and of its
+    kernels alone, by a profile; without a launch, which may cost more than the kernel."""
 
     def program(sets: Sequence[tuple[jax.Array, ...]]) -> list[jax.Array]:
         results: list[jax.Array] = []
@@ -112,18 +114,28 @@ def seconds(function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, 
             result = run(sets)
         jax.block_until_ready(result)
         took.append((time.perf_counter() - start) / (8 * CALLS))
-    return statistics.median(took)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run(sets))
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        planes = [plane for plane in jax.profiler.ProfileData.from_file(str(file)).planes if "GPU" in plane.name]
+        streams = [one for plane in planes for one in plane.lines if "Stream" in one.name]
+        busy = sum(event.duration_ns for stream in streams for event in stream.events)
+    return statistics.median(took), busy / CALLS / 1e9
 
 
 def timed(
     what: str, function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, ...]], dense: float | None = None
 ) -> float | None:
-    """A line in microseconds, and how often it goes into `dense`; the seconds."""
+    """A line in microseconds, by the clock and of kernels alone, and how often each goes into `dense`, by the clock;
+    the seconds by the clock."""
     took = []
 
     def text() -> str:
-        took.append(seconds(function, sets))
-        return f"{took[0] * 1e6:8.1f} us" + (f"  {dense / took[0]:5.2f}x" if dense else "")
+        wall, kernels = seconds(function, sets)
+        took.append(wall)
+        ratios = f"  {dense / wall:5.2f}x {dense / max(kernels, 1e-9):5.2f}x" if dense else ""
+        return f"{wall * 1e6:8.1f} us, kernels {kernels * 1e6:8.1f} us{ratios}"
 
     line(what, text)
     return took[0] if took else None
