@@ -15,6 +15,7 @@ import tyro
 from arbs_jax.cli import audit, bench, evaluate, sample, train, warmup
 from arbs_jax.cli.display import errors
 from arbs_jax.errors import UserError
+from arbs_kernels.selection import UnsupportedError
 
 Command = (
     Annotated[train.Train, tyro.conf.subcommand("train")]
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
             return _RUN[type(command)](command) or 0
-    except UserError as error:
+    except (UserError, UnsupportedError) as error:  # Kernels refuse shapes while the step is traced.
         errors.print(f"error: {error}", style="red")
         return 1
     except KeyboardInterrupt:

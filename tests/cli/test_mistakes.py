@@ -16,6 +16,8 @@ from arbs_jax.run import checkpoints
 from arbs_jax.run.checkpoints import Checkpointer
 from arbs_jax.run.folder import RunLock
 from arbs_kernels import backends
+from arbs_kernels.packed_matmul import api as packed_matmul
+from arbs_kernels.selection import Implementation, UnsupportedError
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
@@ -291,3 +293,12 @@ def test_a_run_in_use_is_left_alone(finished: Path, capsys: pytest.CaptureFixtur
         assert call("eval", "--run", finished, "--windows", 2, "--json") == 0
     finally:
         lock.release()
+
+
+def test_a_kernel_that_refuses_a_shape_in_mid_trace(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UnsupportedError("packed_matmul: takes at most 3 rows, got 1024; pass 'triton'")
+
+    monkeypatch.setitem(packed_matmul.FORWARD, "xla", Implementation(refuse))
+    message = refused(capsys, "train", *flags(), "--run", tmp_path / "run")
+    assert message == "packed_matmul: takes at most 3 rows, got 1024; pass 'triton'"
