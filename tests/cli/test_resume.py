@@ -65,7 +65,7 @@ def test_a_killed_process_goes_on_bit_for_bit_from_its_last_checkpoint(
     [
         ("integral", 2, STEPS),
         ("bigint", 2, STEPS),
-        ("latent10", 2, SAVE_INTERVAL + 20),
+        pytest.param("latent10", 2, SAVE_INTERVAL + 20, marks=pytest.mark.slow),
         pytest.param("integral", 1, STEPS, marks=pytest.mark.slow),
         pytest.param("bigint", 1, STEPS, marks=pytest.mark.slow),
         pytest.param("latent4", 1, STEPS, marks=pytest.mark.slow),
