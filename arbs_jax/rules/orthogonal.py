@@ -51,7 +51,8 @@ def orthonormal_columns(x: jax.Array) -> jax.Array:
     gram = _gram(x)
     unit = jax.lax.rsqrt(jnp.diagonal(gram) + _TINY)
     gram = gram * (unit[:, None] * unit[None, :])
-    bound = _bound(gram)
+    # With a column of length one it is at most one; without, squares have vanished that columns still have.
+    bound = jnp.minimum(_bound(gram), 1)
     # Rounding may leave eigenvalues below zero, which the polynomials would blow up.
     ridge = _RIDGE * jnp.eye(x.shape[1], dtype=jnp.float32)
     half = _product(x, unit[:, None] * (_polynomials(gram * bound + ridge, _EXACT_START) * jnp.sqrt(bound)))

@@ -83,6 +83,14 @@ def test_columns_become_orthonormal_and_span_the_same(shape, condition):
         assert outside(x, q, shape[1]) < 1e-5
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e-19, 1e-20, 1e-25, 1e-37])
+def test_columns_whose_squares_are_below_the_smallest_number_do_no_harm(scale):
+    x, _, _ = of_condition(np.random.default_rng(5), (40, 6), 3)
+    q = np.asarray(orthonormalised(jnp.asarray(scale * x, jnp.float32)), np.float64)
+    assert np.isfinite(q).all()
+    assert np.linalg.svd(q, compute_uv=False).max() < 1 + 1e-5
+
+
 @pytest.mark.parametrize("shape", [(96, 6), (33, 16)])
 def test_nearly_dependent_columns_are_damped_and_never_amplified(shape):
     x, _, _ = of_condition(np.random.default_rng(2), shape, 1e5)
