@@ -6,8 +6,8 @@ tile's trits are copied to shared memory while its products run. A tile of colum
 rows are copied once, extended by a tile of their own beginning (0.2 bytes a weight).
 
 Copies to shared memory begin at a multiple of 16 bytes, or the GPU takes them for an illegal instruction: so they begin
-up to 15 codes early. Rows of 256 codes would all begin in the same bank of shared memory; two halves of 128 codes and
-those 16 never do.
+up to 15 codes early. Rows of 128 or 256 codes would all begin in the same bank of shared memory; their halves with 16
+codes more never do.
 """
 
 import functools
