@@ -197,5 +197,7 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
 
 def cross_entropy(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
     """Nats per byte at every position, float32 (B, T)."""
-    chosen = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None].astype(jnp.int32), axis=-1)[..., 0]
+    # A sum that skips the others, not a gather: its gradient would be a scatter, slow where sums must repeat exactly.
+    is_target = jnp.arange(logits_BxTxV.shape[-1], dtype=jnp.int32) == targets_BxT[..., None]
+    chosen = jnp.sum(jnp.where(is_target, logits_BxTxV, 0), axis=-1)
     return jax.nn.logsumexp(logits_BxTxV, axis=-1) - chosen
