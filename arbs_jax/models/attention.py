@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from arbs_jax.errors import ConfigError
 from arbs_kernels.backends import compute_capability
 
+Array = jax.Array | jax.ShapeDtypeStruct
+
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
 
@@ -30,15 +32,28 @@ def causal_attention(
     Raises:
         ConfigError: "cudnn" does not work here; the message says what is missing.
     """
-    missing = cudnn_missing(q_BxTxHxC, k_BxTxKxC, v_BxTxKxV) if implementation != "xla" else None
+    run = _cudnn if takes_cudnn(implementation, q_BxTxHxC, k_BxTxKxC, v_BxTxKxV) else _products
+    return run(q_BxTxHxC, k_BxTxKxC, v_BxTxKxV)
+
+
+def takes_cudnn(implementation: str, q: Array, k: Array, v: Array) -> bool:
+    """Whether `causal_attention` of these arrays (or of their shapes and dtypes) goes to cuDNN.
+
+    Its gradient then adds in any order unless the program is compiled with
+    `arbs_jax.compilation.deterministic_options`.
+
+    Raises:
+        ConfigError: "cudnn" does not work here; the message says what is missing.
+    """
+    if implementation == "xla":
+        return False
+    missing = cudnn_missing(q, k, v)
     if implementation == "cudnn" and missing is not None:
         raise ConfigError(f"attention 'cudnn' needs {missing}; pass 'auto' or 'xla'")
-    if implementation == "xla" or missing is not None:
-        return _products(q_BxTxHxC, k_BxTxKxC, v_BxTxKxV)
-    return _cudnn(q_BxTxHxC, k_BxTxKxC, v_BxTxKxV)
+    return missing is None
 
 
-def cudnn_missing(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
+def cudnn_missing(q: Array, k: Array, v: Array) -> str | None:
     """What this machine, or these arrays, lack for cuDNN's fused attention, or None."""
     if compute_capability() < 8.0:
         return "an NVIDIA GPU of compute capability 8.0 or later"

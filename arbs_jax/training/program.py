@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arbs_jax.compilation import deterministic_options
 from arbs_jax.config import RunConfig
 from arbs_jax.data import ValidationBatch
 from arbs_jax.layers import COLLECTION, TernaryConfig
+from arbs_jax.models.attention import takes_cudnn
 from arbs_jax.models.byte_lm import ByteLM, cross_entropy
 from arbs_jax.models.byte_stages import byte_stages
 from arbs_jax.rules import make_rule
@@ -93,8 +95,14 @@ class Program:
 
     @cached_property
     def step(self) -> Any:
-        """The jitted, donated training step on tokens uint8 (accum, batch, context + 1)."""
-        return jit_step(make_step(self.sweep, self.config.train.seed))
+        """The jitted, donated training step on tokens uint8 (accum, batch, context + 1); repeats bit for bit."""
+        model, train = self.config.model, self.config.train
+        q, k = (
+            jax.ShapeDtypeStruct((train.batch, train.context, heads, model.head_dim), model.dtype)
+            for heads in (model.heads, model.kv_heads)
+        )
+        options = deterministic_options() if takes_cudnn(model.attention, q, k, k) else None
+        return jit_step(make_step(self.sweep, train.seed), options)
 
     @cached_property
     def sweep(self) -> Sweep:

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arbs_jax.compilation import deterministic_options
 from arbs_jax.rules.base import shares
 from arbs_jax.rules.noise import run_key
 from arbs_jax.training.layerwise import Sweep
@@ -53,6 +52,6 @@ def make_step(sweep: Sweep, seed: int) -> StepFunction:
     return step
 
 
-def jit_step(step: StepFunction) -> Any:
-    """The step compiled once, its state donated so that the update is in place, to repeat bit for bit."""
-    return jax.jit(step, donate_argnums=0, compiler_options=deterministic_options())
+def jit_step(step: StepFunction, compiler_options: dict[str, bool] | None = None) -> Any:
+    """The step compiled once, its state donated so that the update is in place."""
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
