@@ -1,7 +1,8 @@
 """Bytes to trigram vectors, and the loss that belongs to them.
 
-Three neighbouring bytes make one position: T bytes give S = T - 2 positions, of which position `i` covers bytes i, i + 1
-and i + 2 and predicts byte i + 3. A position is made of its own three bytes and of nothing else, so causality is exact.
+Three neighbouring bytes make one position: T bytes give S = T - 2 positions, of which position `i` covers bytes i,
+i + 1 and i + 2 and predicts byte i + 3. A position is made of its own three bytes and of nothing else, so causality is
+exact.
 Arrays are suffixed by their axes: B batch, T bytes, S positions, E embedding channels, D width, V vocabulary.
 """
 
