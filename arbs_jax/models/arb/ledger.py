@@ -82,7 +82,13 @@ def empty_ledger(config: LedgerConfig, batch: int) -> Ledger:
     }
 
 
-def append(config: LedgerConfig, ledger: Ledger, latents_BxSxL: jax.Array, start: jax.Array | int) -> Ledger:
+def append(
+    config: LedgerConfig,
+    ledger: Ledger,
+    latents_BxSxL: jax.Array,
+    start: jax.Array | int,
+    count: jax.Array | int | None = None,
+) -> Ledger:
     """The ledger after S more positions; integers out, not differentiated.
 
     Args:
@@ -90,12 +96,18 @@ def append(config: LedgerConfig, ledger: Ledger, latents_BxSxL: jax.Array, start
         ledger: after the positions before `start`.
         latents_BxSxL: float latents of about unit RMS; beyond +-32 they saturate.
         start: position of the first latent, int or int32 () or one for each text, int32 (B,).
+        count: how many of the positions are text, the others being padding after it; like `start`, None for all.
 
     Raises:
         ConfigError: the segment does not fit the ledger; where `start` is an int, the text up to its end does not.
     """
-    batch = latents_BxSxL.shape[0]
-    sums, positions_BxN, complete_BxN = _strides(config, _fixed(latents_BxSxL), ledger["partial"], start)
+    batch, length, _ = latents_BxSxL.shape
+    _check_fits(config, length, start)
+    first_B, count_B = starts(start, batch), starts(length if count is None else count, batch)
+    is_text_BxS = jnp.arange(length, dtype=jnp.int32) < count_B[:, None]
+    fixed = jnp.where(is_text_BxS[..., None], _fixed(latents_BxSxL), jnp.int32(0))
+    sums, positions_BxN = _strides(config, fixed, ledger["partial"], first_B)
+    complete_BxN = positions_BxN < (first_B + count_B)[:, None]
     values, exponents = _compress(config, sums[:, :-1])
     # Consecutive strides are at most as many as slots: no two of them share one.
     slot_BxN = jnp.where(complete_BxN, positions_BxN // config.stride % config.capacity, config.capacity)
@@ -130,19 +142,21 @@ def window_slots(
     Raises:
         ConfigError: as in `append`.
     """
-    batch, _, channels = latents_BxSxL.shape
+    batch, length, channels = latents_BxSxL.shape
+    _check_fits(config, length, start)
+    first_B = starts(start, batch)
     partial = jnp.zeros((batch, channels), jnp.int32) if partial_BxL is None else partial_BxL
-    sums, positions_BxN, complete_BxN = _strides(config, _fixed(latents_BxSxL), partial, start)
+    sums, positions_BxN = _strides(config, _fixed(latents_BxSxL), partial, first_B)
     exact = _decompress(*_compress(config, sums[:, :-1]))
-    plain_sums = _strides(config, latents_BxSxL.astype(jnp.float32), jnp.zeros_like(partial, jnp.float32), start)[0]
-    mean = plain_sums[:, :-1] / config.stride
+    here_alone = jnp.zeros((batch, channels), jnp.float32)
+    mean = _strides(config, latents_BxSxL.astype(jnp.float32), here_alone, first_B)[0][:, :-1] / config.stride
     # The parenthesis is exactly zero, so that the forward value is exactly the slot's.
     latents = jax.lax.stop_gradient(exact) + (mean - jax.lax.stop_gradient(mean))
-    return Slots(latents.astype(latents_BxSxL.dtype), positions_BxN, complete_BxN)
+    return Slots(latents.astype(latents_BxSxL.dtype), positions_BxN, positions_BxN < (first_B + length)[:, None])
 
 
 def starts(start: jax.Array | int, batch: int) -> jax.Array:
-    """First positions int32 (B,) from one for all texts or one for each."""
+    """Positions int32 (B,) from one for all texts or one for each."""
     return jnp.broadcast_to(jnp.asarray(start, jnp.int32), (batch,))
 
 
@@ -152,31 +166,33 @@ def _fixed(latents: jax.Array) -> jax.Array:
     return jnp.clip(units, -_LARGEST, _LARGEST).astype(jnp.int32)
 
 
+def _check_fits(config: LedgerConfig, length: int, start: jax.Array | int) -> None:
+    """Refuses what is known before the program runs to be too long."""
+    config.check_context(length + start if isinstance(start, int) else length)
+
+
 def _strides(
-    config: LedgerConfig, latents_BxSxL: jax.Array, partial_BxL: jax.Array, start: jax.Array | int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    config: LedgerConfig, latents_BxSxL: jax.Array, partial_BxL: jax.Array, first_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Sums over strides, for latents of any dtype.
 
     Returns:
-        (sums `(B, N + 1, L)` of the strides the positions may touch, the last of which is never complete; the last
-        position of the first N int32 `(B, N)`; whether it has been reached bool `(B, N)`).
-
-    Raises:
-        ConfigError: more positions than the ledger has room for.
+        (sums `(B, N + 1, L)` of the strides that the positions may touch, the last of which cannot end among them; the
+        last position of each of the first N, int32 `(B, N)`).
     """
     batch, length, channels = latents_BxSxL.shape
-    config.check_context(length + start if isinstance(start, int) else length)
-    first_B = starts(start, batch)
-    phase_B = first_B % config.stride
     count = (length + config.stride - 1) // config.stride
     room = jnp.zeros(((count + 1) * config.stride, channels), latents_BxSxL.dtype)
     zero = jnp.zeros((), jnp.int32)
-    placed = jax.vmap(lambda own, phase: jax.lax.dynamic_update_slice(room, own, (phase, zero)))(latents_BxSxL, phase_B)
+
+    def place(own_SxL: jax.Array, phase: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(room, own_SxL, (phase, zero))
+
+    placed = jax.vmap(place)(latents_BxSxL, first_B % config.stride)
     by_stride = placed.reshape(batch, count + 1, config.stride, channels)
     sums = jnp.sum(by_stride, axis=2, dtype=latents_BxSxL.dtype).at[:, 0].add(partial_BxL)
     number_BxN = (first_B // config.stride)[:, None] + jnp.arange(count, dtype=jnp.int32)
-    last_BxN = (number_BxN + 1) * config.stride - 1
-    return sums, last_BxN, last_BxN < (first_B + length)[:, None]
+    return sums, (number_BxN + 1) * config.stride - 1
 
 
 def _compress(config: LedgerConfig, sums: jax.Array) -> tuple[jax.Array, jax.Array]:

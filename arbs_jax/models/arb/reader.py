@@ -14,7 +14,7 @@ from arbs_jax.models.byte_lm import rotate, rotation
 
 
 class LedgerReader(nn.Module):
-    """`(x, ledger, start) -> (context (B, S, D), ledger)`: what conditions graph, router and heads.
+    """`(x, ledger, start, count) -> (context (B, S, D), ledger)`: what conditions graph, router and heads.
 
     Slots are those of the ledger, if there is one, followed by the strides that end within the window, whose gradient
     reaches `x`. A position sees the last `capacity` strides that have ended, one that ends with itself included: the
@@ -28,13 +28,20 @@ class LedgerReader(nn.Module):
     ternary: TernaryConfig
 
     @nn.compact
-    def __call__(self, x_BxSxD: jax.Array, ledger: Ledger | None = None, start: jax.Array | int = 0):
+    def __call__(
+        self,
+        x_BxSxD: jax.Array,
+        ledger: Ledger | None = None,
+        start: jax.Array | int = 0,
+        count: jax.Array | int | None = None,
+    ) -> tuple[jax.Array, Ledger | None]:
         """See the class.
 
         Args:
             x_BxSxD: output of the context blocks.
             ledger: of the positions before `start`; None reads the window alone and returns None.
             start: position of the first of `x`, int or int32 () or one for each text, int32 (B,).
+            count: how many positions of `x` enter the ledger, the others being padding after them; None for all.
 
         Raises:
             ConfigError: the window does not fit the ledger (`arbs_jax.models.arb.ledger.append`).
@@ -45,7 +52,7 @@ class LedgerReader(nn.Module):
         if ledger is not None:
             carried = read(ledger, x_BxSxD.dtype)
             slots = Slots(*(jnp.concatenate(pair, axis=1) for pair in zip(carried, slots, strict=True)))
-            ledger = append(self.ledger, ledger, latents_BxSxL, start)
+            ledger = append(self.ledger, ledger, latents_BxSxL, start, count)
         reading_BxSxD = TernaryRMSNorm()(self._read(local_BxSxD, slots, start))
         both = jnp.concatenate([local_BxSxD, reading_BxSxD], axis=-1)
         gate = self._dense("gate_proj", self.attention.width)(both)

@@ -87,20 +87,20 @@ class Built:
     def output(self):
         return self.apply(self.variables, *self.inputs)
 
-    def votes(self):
+    def votes(self, *inputs):
         """Votes of a loss in which every output counts differently."""
 
         def loss(variables):
-            outputs = jax.tree.leaves(self.module.apply(variables, *self.inputs))
+            outputs = jax.tree.leaves(self.module.apply(variables, *inputs))
             floats = [leaf for leaf in outputs if jnp.issubdtype(leaf.dtype, jnp.floating)]
             return sum(jnp.sum(leaf * normal(7, *leaf.shape)) for leaf in floats)
 
         run = quick_jit(value_and_votes(loss, TERNARY.rule, self.specs))
         return run(self.variables["ternary"])[1]
 
-    def assert_every_matrix_votes_once(self):
-        """In every layer of a stack, and with something to say."""
-        votes = self.votes()
+    def assert_every_matrix_votes_once(self, *inputs):
+        """In every layer of a stack, and with something to say; `inputs` other than those of the first call, if any."""
+        votes = self.votes(*(inputs or self.inputs))
         for path in flatten_specs(self.specs):
             node = votes
             for name in path.split("/"):

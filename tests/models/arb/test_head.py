@@ -30,15 +30,22 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_a_head_has_its_shape_and_every_matrix_votes(name):
-    head, shape = HEADS[name]
-    built = Built(head, X, CONTEXT)
-    output = jax.eval_shape(head.apply, built.variables, X, CONTEXT)
+@pytest.fixture(scope="module", params=HEADS)
+def head(request):
+    module, shape = HEADS[request.param]
+    return Built(module, X, CONTEXT), shape
+
+
+def test_a_head_has_its_shape(head):
+    built, shape = head
+    output = jax.eval_shape(built.module.apply, built.variables, X, CONTEXT)
     assert output.shape == (2, 3, *shape)
     assert output.dtype == jnp.float32
     assert set(built.variables["ternary"]["trunk"]) == {"context_proj", "layer_0"}
-    built.assert_every_matrix_votes_once()
+
+
+def test_every_matrix_votes(head):
+    head[0].assert_every_matrix_votes_once()
 
 
 def test_positions_do_not_mix():

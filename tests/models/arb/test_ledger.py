@@ -70,16 +70,28 @@ def test_any_segments_make_the_same_ledger(whole, cuts):
     assert_trees_equal(in_pieces(LATENTS, cuts), whole)
 
 
+def rows(first, second):
+    """The first text of one ledger, the second of another."""
+    return jax.tree.map(lambda one, other: np.stack([one[0], other[1]]), first, second)
+
+
 def test_texts_may_stand_at_positions_of_their_own(whole):
     # The second text is read a stride later than the first, in the same calls.
     shifted = LATENTS.copy()
     shifted[1] = np.roll(LATENTS[1], -4, axis=0)
     ledger = empty_ledger(CONFIG, 2)
-    ahead = jax.tree.map(lambda one, other: jnp.stack([one[0], other[1]]), ledger, add(ledger, LATENTS[:, :4], 0))
+    ahead = rows(ledger, add(ledger, LATENTS[:, :4], 0))
     ledger = add(ahead, shifted[:, :7], jnp.asarray([0, 4], jnp.int32))
     first = in_pieces(LATENTS[:, :7], [])
     second = in_pieces(LATENTS[:, :11], [4])
-    assert_trees_equal(ledger, jax.tree.map(lambda one, other: jnp.stack([one[0], other[1]]), first, second))
+    assert_trees_equal(ledger, rows(first, second))
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 7])
+def test_padding_leaves_no_trace(count):
+    before = add(empty_ledger(CONFIG, 2), LATENTS[:, :7], 0)
+    ledger = add(before, LATENTS[:, 7:], 7, jnp.int32(count))
+    assert_trees_equal(ledger, in_pieces(LATENTS[:, : 7 + count], [7]) if count else before)
 
 
 def test_the_newest_strides_are_written_over_the_oldest(whole):

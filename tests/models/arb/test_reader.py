@@ -55,8 +55,9 @@ def test_a_full_ledger_shows_its_last_strides_however_the_text_is_cut(reading):
             contexts.append(context)
         return np.concatenate(contexts, axis=1)
 
-    cuts = [3, 4, 7, 8, 11, 15, 19]
-    one, other = read_in(cuts), read_in([4, 8, 12, 15, 18, 19])
+    # Pieces of one position and of three, in two orders.
+    cuts = [3, 4, 7, 8, 11, 12, 15, 18, 19]
+    one, other = read_in(cuts), read_in([1, 4, 5, 8, 11, 12, 15, 16, 19])
     close(one, other)
     # What the first stride said is forgotten four strides later, not before.
     x[:, 0] += 1
@@ -66,13 +67,15 @@ def test_a_full_ledger_shows_its_last_strides_however_the_text_is_cut(reading):
 
 def test_slots_of_later_positions_and_empty_slots_are_not_seen(reading):
     ledger = empty_ledger(LEDGER, 2)
-    context = reading(X[:, :4], ledger, jnp.int32(0))[0]
+    context = reading(X[:, 1:4], ledger, jnp.int32(1))[0]
     loud = ledger | {"latents": jnp.full_like(ledger["latents"], 100)}
-    np.testing.assert_array_equal(reading(X[:, :4], loud, jnp.int32(0))[0], context)
+    np.testing.assert_array_equal(reading(X[:, 1:4], loud, jnp.int32(1))[0], context)
     later = loud | {"positions": jnp.full_like(ledger["positions"], 7)}
-    np.testing.assert_array_equal(reading(X[:, :4], later, jnp.int32(0))[0], context)
-    assert (np.asarray(reading(X[:, :4], later, jnp.int32(4))[0]) != np.asarray(context))[:, -1].any()
+    np.testing.assert_array_equal(reading(X[:, 1:4], later, jnp.int32(1))[0], context)
+    assert (np.asarray(reading(X[:, 1:4], later, jnp.int32(5))[0]) != np.asarray(context))[:, -1].any()
 
 
-def test_every_matrix_votes(built):
-    built.assert_every_matrix_votes_once()
+def test_every_matrix_votes(built, reading):
+    # The second stride ends in a window that begins within it.
+    ledger = reading(X[:, 1:4], empty_ledger(LEDGER, 2), jnp.int32(1))[1]
+    built.assert_every_matrix_votes_once(X[:, 5:8], ledger, 5)
