@@ -157,4 +157,4 @@ class OutputRouter(nn.Module):
         pooled_BxD = jnp.mean(TernaryRMSNorm()(context_BxSxD.astype(jnp.float32)), axis=1)
         head = TernaryDense(features=len(self.config.heads), table=True, config=self.ternary, name="choice")
         logits_BxX = head(TernaryRMSNorm()(pooled_BxD))
-        return logits_BxX, jnp.argmax(logits_BxX, axis=-1).astype(jnp.int32)
+        return logits_BxX, jax.lax.argmax(logits_BxX, 1, jnp.int32)

@@ -50,6 +50,7 @@ def test_decoding_with_a_cache_is_the_full_forward_pass(stack):
         np.testing.assert_array_equal((leaf != 0).any(axis=(0, 1, 3)), np.arange(12) < LENGTH)
 
 
+@pytest.mark.slow
 def test_the_stack_is_its_layers_one_after_another(stack, block):
     x = X
     for layer in range(CONFIG.layers):
