@@ -115,16 +115,17 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SiLU-gated feed-forward."""
+    """SiLU-gated feed-forward, `(..., K)` to `(..., features)`."""
 
-    config: ModelConfig
+    features: int
+    hidden: int
     ternary: TernaryConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        gate = TernaryDense(features=self.config.hidden, config=self.ternary, name="gate_proj")(x_BxTxD)
-        up = TernaryDense(features=self.config.hidden, config=self.ternary, name="up_proj")(x_BxTxD)
-        return TernaryDense(features=self.config.width, config=self.ternary, name="down_proj")(nn.silu(gate) * up)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = TernaryDense(features=self.hidden, config=self.ternary, name="gate_proj")(x)
+        up = TernaryDense(features=self.hidden, config=self.ternary, name="up_proj")(x)
+        return TernaryDense(features=self.features, config=self.ternary, name="down_proj")(nn.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -139,7 +140,8 @@ class Block(nn.Module):
             TernaryRMSNorm()(x_BxTxD), cache, start
         )
         x_BxTxD = x_BxTxD + attended
-        return x_BxTxD + MLP(self.config, self.ternary, name="mlp")(TernaryRMSNorm()(x_BxTxD)), cache
+        mlp = MLP(self.config.width, self.config.hidden, self.ternary, name="mlp")
+        return x_BxTxD + mlp(TernaryRMSNorm()(x_BxTxD)), cache
 
 
 def embedding(config: ModelConfig, ternary: TernaryConfig, name: str | None = None) -> TernaryEmbed:
