@@ -96,7 +96,7 @@ def move(
     before = matrix | taken
     small = _of_rows(spec, ids)
     new = rule.update(dict(before), votes, small, step, key)
-    # What the rule leaves alone is not written: where a write does not wait for all reads, the compiler copies the table.
+    # What the rule leaves alone is not written: of a write that waits for no vote the compiler makes a copy.
     changed = {name: jnp.where(moves, leaf, before[name]) for name, leaf in new.items() if leaf is not before[name]}
     report = _report(rule, before, before | changed, small, touched)
     return _put_back(rule, matrix, jnp.where(touched & moves, ids, spec.out_features), changed), report
