@@ -23,6 +23,7 @@ from arbs_jax.rules.base import Report, add_reports, empty_report
 from arbs_jax.state import MatrixSpec, flatten_specs, map_matrices
 from arbs_jax.training import table_votes
 from arbs_jax.training.bookkeeping import observed, with_memory
+from arbs_jax.training.micro_batches import map_micro
 from arbs_jax.training.table_votes import RowVotes
 from arbs_jax.votes import each_expert, make_probes, matrix_key, matrix_vote
 
@@ -255,7 +256,7 @@ class Sweep:
             after, pull, extra = self._vjp(stage, subtrees, carry, batch)
             return after, (pull, *extra)
 
-        return _map_micro(one, (carry, batch))
+        return map_micro(one, (carry, batch))
 
     def _micro_backward(
         self,
@@ -292,7 +293,7 @@ class Sweep:
         if self.axis_name is not None:
             # Numbered over all shards, so that random bits do not depend on how the micro-batches are spread.
             indices += micro * jax.lax.axis_index(self.axis_name)
-        (cotangent, rows), votes = _map_micro(one, (saved, cotangent, batch, indices), summed=True)
+        (cotangent, rows), votes = map_micro(one, (saved, cotangent, batch, indices), summed=True)
         if self.axis_name is not None:
             votes = jax.tree.map(lambda leaf: jax.lax.psum(leaf, self.axis_name), votes)
         rows = {path: tables.stacked(self.rule, vote) for path, vote in self._gathered(rows).items()}
@@ -412,23 +413,3 @@ def _together(function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix
         for index, path in enumerate(paths):
             results[path] = jax.tree.map(lambda leaf, at=index: leaf[at], out)
     return map_matrices(lambda path, *_: results[path], trees[0], prefix=prefix)
-
-
-def _map_micro(function: Callable[[Any], tuple[Any, Any]], entries: Any, *, summed: bool = False) -> tuple[Any, Any]:
-    """`function` over the leading axis of `entries`, one at a time; its second result stacked, or summed exactly."""
-    micro = jax.tree.leaves(entries)[0].shape[0]
-    first = jax.tree.map(lambda leaf: leaf[0], entries)
-    if micro == 1:
-        out, extra = function(first)
-        lift = lambda tree: jax.tree.map(lambda leaf: leaf[None], tree)  # noqa: E731
-        return lift(out), extra if summed else lift(extra)
-    if not summed:
-        return jax.lax.map(function, entries)
-
-    def body(total: Any, entry: Any) -> tuple[Any, Any]:
-        out, extra = function(entry)
-        return jax.tree.map(jnp.add, total, extra), out
-
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first)[1])
-    total, out = jax.lax.scan(body, zeros, entries)
-    return out, total
