@@ -1,8 +1,8 @@
 """Neural networks whose persistent state is integers only: packed trits, exponents, accumulators and counters."""
 
-from arbs_jax.layers import TernaryConfig, TernaryDense, TernaryEmbed, TernaryRMSNorm
+from arbs_jax.layers import TernaryConfig, TernaryDense, TernaryEmbed, TernaryExperts, TernaryRMSNorm, TernaryTable
 from arbs_jax.rules import BigInt, Integral, Latent
-from arbs_jax.votes import make_probes, matrix_specs, update, value_and_votes
+from arbs_jax.votes import add_votes, make_probes, matrix_specs, update, value_and_votes
 
 __all__ = [
     "BigInt",
@@ -11,7 +11,10 @@ __all__ = [
     "TernaryConfig",
     "TernaryDense",
     "TernaryEmbed",
+    "TernaryExperts",
     "TernaryRMSNorm",
+    "TernaryTable",
+    "add_votes",
     "make_probes",
     "matrix_specs",
     "update",
