@@ -132,6 +132,7 @@ class SharedVQ(nn.Module):
         config = self.config
         if self.is_initializing():  # There is no book yet to look into.
             return jnp.zeros(latent.shape[:-1], jnp.int32)
+        self.codebook.peek(jnp.zeros((1,), jnp.int32))  # Linen wants a module's state bound outside of loops.
         flat_MxK = jax.lax.stop_gradient(latent).reshape(-1, config.dim)
         if config.exact if exact is None else exact:
             ids_M = nearest_row(flat_MxK, config.rows, self.codebook.peek, config.budget)
