@@ -41,7 +41,7 @@ def observe_usage(usage: Usage, ids: jax.Array, step: jax.Array, config: VQConfi
     """
     flat = jnp.where((ids >= 0) & (ids < config.rows), ids, config.rows).reshape(-1)
     rows, place = unique_rows(flat, table_rows=config.rows)
-    times = jnp.zeros(rows.shape, jnp.int32).at[place].add(1, mode="drop")
+    times = jnp.zeros((rows.shape[0], 1), jnp.int32).at[place].add(1, mode="drop")
     count = jnp.minimum(_worth(rows_of(usage, rows), step, config) + times, MOST_USES)
     return _written(usage, rows, count, step, config)
 
