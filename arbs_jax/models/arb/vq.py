@@ -37,10 +37,11 @@ class VQConfig:
     """`K`, channels of the codebook."""
     exact_rows: int = 2**17
     """A book of up to this many rows is searched whole, a larger one among candidates."""
-    blocks: int = 64
+    blocks: int = 256
     """Runs of neighbouring rows that each input looks into."""
-    block_rows: int = 16
-    """Fewest rows of a run; candidates are about `blocks * block_rows` to twice that many."""
+    block_rows: int = 4
+    """Fewest rows of a run; candidates are `blocks * block_rows` to twice that many. Many short runs find more than few
+    long ones (experiments/2026_11_21_vq_recall)."""
     commitment: float = 0.25
     """Weight of the loss that draws inputs to their rows."""
     revive_after: int = 1000
