@@ -94,7 +94,7 @@ def move(
     small = _of_rows(spec, ids)
     new = rule.update(dict(before), votes, small, step, key)
     after = {name: jnp.where(moves, new[name], before[name]) for name in before}
-    return _put_back(rule, matrix, jnp.where(touched, ids, spec.out_features), after), _report(
+    return put_back(rule, matrix, jnp.where(touched, ids, spec.out_features), after), _report(
         rule, before, after, small, touched
     )
 
@@ -137,12 +137,12 @@ def _rows_of(rule: Rule, matrix: Matrix, ids: jax.Array) -> Matrix:
     return {name: taken(leaf) if name in rule.row_leaves else leaf for name, leaf in matrix.items()}
 
 
-def _put_back(rule: Rule, matrix: Matrix, ids: jax.Array, rows: Matrix) -> Matrix:
-    """The table with these rows, and leaves of the whole table, replaced."""
+def put_back(rule: Rule, matrix: Matrix, ids: jax.Array, rows: Matrix) -> Matrix:
+    """The table with these rows (of ids outside it none), and leaves of the whole table, replaced."""
 
     def put(leaf: jax.Array, new: jax.Array) -> jax.Array:
-        if leaf.ndim == 1:
-            return put_rows(leaf[:, None], ids, new[:, None])[:, 0]
+        if leaf.ndim == 1:  # As `put_rows`; through a second axis the leaf would be copied.
+            return leaf.at[ids].set(new, mode="drop", wrap_negative_indices=False)
         return put_rows(leaf, ids, new)
 
     return {name: put(leaf, rows[name]) if name in rule.row_leaves else rows[name] for name, leaf in matrix.items()}

@@ -1,9 +1,11 @@
 """Which rows of a codebook are used, and new rows in place of those that are not.
 
-Usage is four bytes a row: `count` int16 and `epoch` int16, both (N, 1). An epoch is `revive_after` steps; a count halves
-with every epoch, but only when its row is looked at again: what it is worth now follows from the epoch it was written
-in. So a step touches the rows it used and no others. Rows are born with one use, and are dead once theirs have come down
-to 0: a row of c uses lives on for `floor(log2 c) + 1` epochs without another.
+Usage is four bytes a row, int16 (N, 2): a count of uses and the epoch it was written in, `revive_after` steps each. A
+count halves with every epoch, but only when its row is looked at again: what it is worth now follows from its epoch. So
+a step touches the rows it used and no others. Rows are born with one use, and are dead once theirs have come down to 0:
+a row of c uses lives on for `floor(log2 c) + 1` epochs without another.
+
+Both numbers lie in one array, lest one be overwritten before the other is made from it and the compiler copy it whole.
 """
 
 import jax
@@ -15,6 +17,7 @@ from arbs_jax.models.arb.search import candidate_rows
 from arbs_jax.models.arb.vq import INPUT_STEPS, VQConfig
 from arbs_jax.rules.noise import salt_of
 from arbs_jax.state import Matrix, MatrixSpec, init_matrix
+from arbs_jax.tables import put_back
 from arbs_kernels.latents import encode, half_range, zero_half_range
 from arbs_kernels.noise import GOLDEN, mix
 from arbs_kernels.row_update import put_rows, rows_of, unique_rows
@@ -23,15 +26,12 @@ MOST_USES = 32767
 _WINDOW = 256
 """Rows looked at for each input where every row of the book is compared anyway."""
 
-Usage = dict[str, jax.Array]
+Usage = jax.Array
 
 
 def empty_usage(config: VQConfig) -> Usage:
     """The usage of a fresh book, at step 0."""
-    return {
-        "count": jnp.ones((config.rows, 1), jnp.int16),
-        "epoch": jnp.zeros((config.rows, 1), jnp.int16),
-    }
+    return jnp.broadcast_to(jnp.asarray([1, 0], jnp.int16), (config.rows, 2))
 
 
 def observe_usage(usage: Usage, ids: jax.Array, step: jax.Array, config: VQConfig) -> Usage:
@@ -41,15 +41,30 @@ def observe_usage(usage: Usage, ids: jax.Array, step: jax.Array, config: VQConfi
     """
     flat = jnp.where((ids >= 0) & (ids < config.rows), ids, config.rows).reshape(-1)
     rows, place = unique_rows(flat, table_rows=config.rows)
-    times = jnp.zeros((rows.shape[0], 1), jnp.int32).at[place].add(1, mode="drop")
+    times = jnp.zeros(rows.shape, jnp.int32).at[place].add(1, mode="drop")
     count = jnp.minimum(_worth(rows_of(usage, rows), step, config) + times, MOST_USES)
     return _written(usage, rows, count, step, config)
 
 
+def observe_vq(
+    leaves: Matrix,
+    usage: Usage,
+    events: dict[str, jax.Array],
+    step: jax.Array,
+    key: jax.Array,
+    config: VQConfig,
+    ternary: TernaryConfig,
+) -> tuple[Matrix, Usage]:
+    """(leaves, usage) after what `vq_events` told of one or more lookups, stacked on any leading axes: what was used is
+    counted, then dead rows are redrawn. See `observe_usage` and `revive`."""
+    usage = observe_usage(usage, events["ids"], step, config)
+    inputs_WxK = events["inputs"].reshape(-1, config.dim)
+    return revive(leaves, usage, inputs_WxK, step, key, config, ternary)
+
+
 def dead(usage: Usage, ids: jax.Array, step: jax.Array, config: VQConfig) -> jax.Array:
     """Whether the uses of rows `ids` (integers in range, any shape) have come down to 0; bool of their shape."""
-    own = rows_of(usage, ids.reshape(-1))
-    return (_worth(own, step, config) == 0).reshape(ids.shape)
+    return (_worth(rows_of(usage, ids.reshape(-1)), step, config) == 0).reshape(ids.shape)
 
 
 def revive(
@@ -64,9 +79,10 @@ def revive(
     """(leaves, usage) with dead rows redrawn at inputs that were far from every row; integers in and out, in place
     where they are donated.
 
-    Each input takes one dead row among those it looks at: its candidates, or a window of a book that is searched whole.
-    Which one is up to a hash of (key, step, row); of two inputs that choose one row, the first has it. Inputs that
-    repeat an earlier one or are all zeros take none.
+    Each input takes the first dead row among those it looks at: its candidates, the likeliest first, so that the row
+    lives as near to its own signs as may be; or, of a book that is searched whole, a window that begins at a hash of
+    (key, step, input). Of two inputs that choose one row, the first has it. Inputs that repeat an earlier one or are all
+    zeros take none.
 
     Args:
         leaves: the book's, all of them.
@@ -80,15 +96,15 @@ def revive(
     salt = mix(salt_of(key) ^ mix(jnp.asarray(step).astype(jnp.uint32)))
     looked_at_WxC = _looked_at(inputs_WxK, salt, config)
     dead_WxC = dead(usage, looked_at_WxC, step, config)
-    chance_WxC = jnp.where(dead_WxC, mix(looked_at_WxC.astype(jnp.uint32) ^ salt) | np.uint32(1), np.uint32(0))
-    chosen_W = jnp.take_along_axis(looked_at_WxC, jnp.argmax(chance_WxC, axis=-1)[:, None], axis=-1)[:, 0]
+    first_dead_W = jnp.argmax(dead_WxC, axis=-1)
+    chosen_W = jnp.take_along_axis(looked_at_WxC, first_dead_W[:, None], axis=-1)[:, 0]
     same_row = chosen_W[:, None] == chosen_W[None, :]
     same_input = jnp.all(inputs_WxK[:, None] == inputs_WxK[None, :], axis=-1)
     wanted_W = jnp.any(dead_WxC, axis=-1) & jnp.any(inputs_WxK != 0, axis=-1) & ~_any_before(same_input)
     takes_W = wanted_W & ~_any_before(same_row & wanted_W[None, :])
     rows = jnp.where(takes_W, chosen_W, config.rows)
     leaves = _redrawn(leaves, rows, inputs_WxK, jax.random.fold_in(key, step), config, ternary)
-    return leaves, _written(usage, rows, jnp.ones((rows.shape[0], 1), jnp.int32), step, config)
+    return leaves, _written(usage, rows, jnp.ones(rows.shape, jnp.int32), step, config)
 
 
 def _epoch(step: jax.Array, config: VQConfig) -> jax.Array:
@@ -96,14 +112,14 @@ def _epoch(step: jax.Array, config: VQConfig) -> jax.Array:
 
 
 def _worth(own: Usage, step: jax.Array, config: VQConfig) -> jax.Array:
-    """int32 (U, 1): counts after the epochs since they were written, which wrap around after 65,536."""
-    age = jax.lax.bitcast_convert_type(_epoch(step, config) - own["epoch"], jnp.uint16)
-    return own["count"].astype(jnp.int32) >> jnp.minimum(age, 15).astype(jnp.int32)
+    """int32 (U,): counts of rows (U, 2) after the epochs since they were written, which wrap around after 65,536."""
+    age = jax.lax.bitcast_convert_type(_epoch(step, config) - own[:, 1], jnp.uint16)
+    return own[:, 0].astype(jnp.int32) >> jnp.minimum(age, 15).astype(jnp.int32)
 
 
 def _written(usage: Usage, rows: jax.Array, count: jax.Array, step: jax.Array, config: VQConfig) -> Usage:
     now = jnp.full(count.shape, _epoch(step, config), jnp.int16)
-    return put_rows(usage, rows, {"count": count.astype(jnp.int16), "epoch": now})
+    return put_rows(usage, rows, jnp.stack([count.astype(jnp.int16), now], axis=-1))
 
 
 def _looked_at(inputs_WxK: jax.Array, salt: jax.Array, config: VQConfig) -> jax.Array:
@@ -138,7 +154,5 @@ def _redrawn(
     spread = 2 * zero_half_range(planes) + 1
     v = (inputs_WxK.astype(jnp.int32) * (2 * spread) + INPUT_STEPS) // (2 * INPUT_STEPS)
     fresh |= encode(jnp.clip(v, -half_range(planes), half_range(planes)), planes)
-    # Leaves of one axis hold a number a row, those of fewer one of the table, which stays.
-    per_row = {name: leaf for name, leaf in fresh.items() if leaf.ndim >= 2}
-    table = {name: leaves[name] for name in per_row}
-    return leaves | put_rows(table, rows, per_row)
+    of_table = {name: leaf for name, leaf in leaves.items() if name not in ternary.rule.row_leaves}
+    return put_back(ternary.rule, leaves, rows, fresh | of_table)

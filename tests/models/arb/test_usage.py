@@ -10,7 +10,7 @@ from support import assert_trees_equal
 
 from arbs_jax import Integral, TernaryConfig
 from arbs_jax.models.arb.search import candidate_rows, plant
-from arbs_jax.models.arb.usage import MOST_USES, dead, empty_usage, observe_usage, revive
+from arbs_jax.models.arb.usage import MOST_USES, dead, empty_usage, observe_usage, observe_vq, revive
 from arbs_jax.models.arb.vq import VQConfig
 from arbs_jax.rules.registry import LATENT_RULES
 from arbs_jax.state import MatrixSpec, init_matrix
@@ -47,8 +47,7 @@ def book(config=CONFIG, ternary=TERNARY):
 
 def test_four_bytes_a_row():
     usage = empty_usage(CONFIG)
-    assert sum(leaf.nbytes for leaf in usage.values()) == 4 * 64
-    assert {leaf.dtype.name for leaf in usage.values()} == {"int16"}
+    assert (usage.nbytes, usage.dtype) == (4 * 64, jnp.int16)
 
 
 def test_counts_halve_with_every_epoch_and_die():
@@ -56,24 +55,24 @@ def test_counts_halve_with_every_epoch_and_die():
     assert alive(usage, 9) == set(range(64))
     assert alive(usage, 10) == set()
     usage = observe(usage, ids([7, 7, 7], [7, 9, 7]), at(10), CONFIG)
-    assert usage["count"][7, 0] == 5
+    assert usage[7, 0] == 5
     assert [alive(usage, step) for step in (19, 20, 39, 40)] == [{7, 9}, {7}, {7}, set()]
     usage = observe(usage, ids(7, 0), at(25), CONFIG)
-    assert usage["count"][7, 0] == 3
+    assert usage[7, 0] == 3
     assert alive(usage, 25) == {0, 7}
 
 
 def test_counts_saturate():
     usage = empty_usage(CONFIG)
-    usage["count"] = usage["count"].at[5].set(MOST_USES - 1)
+    usage = usage.at[5, 0].set(MOST_USES - 1)
     usage = observe(usage, ids(5, 5, 5), at(1), CONFIG)
-    assert usage["count"][5, 0] == MOST_USES
-    assert usage["count"].dtype == jnp.int16
+    assert usage[5, 0] == MOST_USES
+    assert usage.dtype == jnp.int16
 
 
 def test_epochs_outlast_their_16_bits():
     usage = observe(empty_usage(CONFIG), ids(3), at(327_690), CONFIG)
-    assert usage["epoch"][3, 0] == -32767
+    assert usage[3, 1] == -32767
     assert alive(usage, 327_699) == {3}
     assert alive(usage, 327_700) == set()
 
@@ -82,7 +81,7 @@ def test_the_order_of_ids_does_not_matter_and_strangers_count_nothing():
     several = np.random.default_rng(0).integers(0, 64, 40).astype(np.int32)
     usage = observe(empty_usage(CONFIG), ids(*several, -1, 64), at(2), CONFIG)
     assert_trees_equal(usage, observe(empty_usage(CONFIG), ids(64, -1, *several[::-1]), at(2), CONFIG))
-    np.testing.assert_array_equal(usage["count"][:, 0], 1 + np.bincount(several, minlength=64))
+    np.testing.assert_array_equal(usage[:, 0], 1 + np.bincount(several, minlength=64))
 
 
 INPUTS = np.random.default_rng(1).integers(-70, 71, (6, 8)).astype(np.int8)
@@ -98,7 +97,7 @@ def test_only_dead_rows_that_were_looked_at_are_redrawn(exact_rows):
     after, used = again(leaves, usage, jnp.asarray(INPUTS), at(15), KEY, config, TERNARY)
     before = np.asarray(unpack_rows(leaves["trits"], 8))
     trits = np.asarray(unpack_rows(after["trits"], 8))
-    redrawn = set(np.flatnonzero(np.asarray(usage["epoch"] != used["epoch"])[:, 0]))
+    redrawn = set(np.flatnonzero(np.asarray(usage[:, 1] != used[:, 1])))
     assert redrawn
     assert all(row % 2 == 1 for row in redrawn)
     np.testing.assert_array_equal(np.delete(trits, list(redrawn), 0), np.delete(before, list(redrawn), 0))
@@ -110,34 +109,53 @@ def test_only_dead_rows_that_were_looked_at_are_redrawn(exact_rows):
     if exact_rows == 1:
         looked_at = np.asarray(candidate_rows(jnp.asarray(INPUTS, jnp.float32), config.runs, config.blocks))
         assert all(row in looked_at[place] for row, place in zip(redrawn, taken, strict=True))
-    assert {int(used["count"][row, 0]) for row in redrawn} == {1}
+    assert {int(used[row, 0]) for row in redrawn} == {1}
     # Everything is alive right after it was used: nothing moves.
     full = observe(usage, ALL, at(15), CONFIG)
     assert_trees_equal(again(leaves, full, jnp.asarray(INPUTS), at(15), KEY, config, TERNARY), (leaves, full))
 
 
-def test_redrawn_rows_differ_from_step_to_step_alone():
-    usage = observe(empty_usage(CONFIG), ALL[:2], at(30), CONFIG)
-    run = lambda step: again(book(), usage, jnp.asarray(INPUTS), at(step), KEY, CONFIG, TERNARY)  # noqa: E731
-    assert_trees_equal(run(31), run(31))
-    assert (run(31)[0]["trits"] != run(32)[0]["trits"]).any()
+def test_what_a_step_used_is_alive_before_rows_are_redrawn():
+    inputs = jnp.asarray(INPUTS).reshape(2, 3, 8)
+    run = jax.jit(lambda *args: observe_vq(*args, CONFIG, TERNARY))
+    leaves, usage = run(book(), empty_usage(CONFIG), {"ids": ALL.reshape(2, 32), "inputs": inputs}, at(25), KEY)
+    assert_trees_equal(leaves, book())
+    assert (usage[:, 0] == 1).all()
+
+
+def test_a_step_on_a_million_rows_works_in_place():
+    config, ternary = VQConfig(rows=2**20, width=8), TernaryConfig(rule=LATENT_RULES["latent10"], group_size=32)
+    spec = MatrixSpec(2**20, 64, 32, fan_in=1, table=True, sparse=True)
+    leaves = jax.eval_shape(lambda: ternary.rule.init(KEY, init_matrix(KEY, spec), spec))
+    usage = jax.eval_shape(lambda: empty_usage(config))
+    events = {
+        "ids": jax.ShapeDtypeStruct((1000,), jnp.int32),
+        "inputs": jax.ShapeDtypeStruct((16, 64), jnp.int8),
+    }
+    run = jax.jit(lambda *args: observe_vq(*args, KEY, config, ternary), donate_argnums=(0, 1))
+    memory = run.lower(leaves, usage, events, at(0)).compile().memory_analysis()
+    assert memory.alias_size_in_bytes > 80 * 2**20
+    # A byte a row would be 2^20.
+    assert memory.temp_size_in_bytes < 2**20
 
 
 def test_latents_of_a_redrawn_row_are_its_input():
     ternary = TernaryConfig(rule=LATENT_RULES["latent18"], group_size=8)
     leaves = book(ternary=ternary)
     leaves["momentum"] = jnp.full_like(leaves["momentum"], 5)
+    leaves["row_moment"] = jnp.full_like(leaves["row_moment"], -7)
     leaves["votes"] = jnp.asarray(9, jnp.int64)
-    usage = observe(empty_usage(CONFIG), ALL[:1], at(30), CONFIG)
-    after, used = again(leaves, usage, jnp.asarray(INPUTS), at(31), KEY, CONFIG, ternary)
+    usage = observe(empty_usage(CONFIG), ALL[:1], at(20), CONFIG)
+    after, used = again(leaves, usage, jnp.asarray(INPUTS), at(25), KEY, CONFIG, ternary)
     assert {name: leaf.dtype for name, leaf in after.items()} == {name: leaf.dtype for name, leaf in leaves.items()}
     assert after["votes"] == 9
-    redrawn = np.flatnonzero(np.asarray(used["epoch"] != usage["epoch"])[:, 0])
-    if not redrawn.size:
-        redrawn = np.flatnonzero((np.asarray(after["trits"]) != np.asarray(leaves["trits"])).any(axis=1))
+    redrawn = np.flatnonzero(np.asarray(used[:, 1] != usage[:, 1]))
+    assert redrawn.size
     v = np.asarray(latents.decode(after["trits"], after["residual"], 8))
     expected = np.clip(np.floor(INPUTS.astype(float) * 81 / 31 + 0.5), -121, 121)
     for row in redrawn:
         assert (v[row] == expected).all(axis=1).any()
         assert not np.asarray(after["momentum"][row]).any()
+        assert after["row_moment"][row] == -32768  # as if no vote had touched it
     assert np.asarray(after["momentum"][0] == 5).all()
+    assert after["row_moment"][0] == -7

@@ -10,7 +10,7 @@ import pytest
 from arbs_jax import Integral, TernaryConfig, matrix_specs
 from arbs_jax.errors import ConfigError
 from arbs_jax.models.arb.kg import CompositeCodebook
-from arbs_jax.models.arb.search import nearest_row, unit_rows
+from arbs_jax.models.arb.search import unit_rows
 from arbs_jax.models.arb.vq import SharedVQ, VQConfig, check_ids, vq_events
 from arbs_jax.votes import make_probes
 
@@ -52,7 +52,7 @@ def test_the_output_is_the_row_projected_back(state, swept):
     out, _ = swept
     assert out.ids_BxS.dtype == jnp.int32
     assert out.ids_BxS.shape == (2, 5)
-    back = VQ.apply({"ternary": state}, out.ids_BxS, method="vectors")
+    back = jax.jit(lambda ids: VQ.apply({"ternary": state}, ids, method="vectors"))(out.ids_BxS)
     np.testing.assert_allclose(out.output_BxSxD, back, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(out.commitment_BxS, CONFIG.commitment * out.codebook_BxS)
 
@@ -75,26 +75,29 @@ def test_only_touched_rows_vote(swept):
     np.testing.assert_array_equal(votes["codebook"]["count"], [1, 1, 1])
 
 
-def test_ids_are_causal_and_the_same_without_jit(state, swept):
+def test_a_position_s_id_depends_on_no_other(state, swept):
     out, _ = swept
-    part = VQ.apply({"ternary": state}, X[:1, :2])
+    part = jax.jit(VQ.apply)({"ternary": state}, X[:1, :2])
     np.testing.assert_array_equal(part.ids_BxS, out.ids_BxS[:1, :2])
 
 
 def test_a_small_book_is_searched_whole(state, swept):
     out, _ = swept
     whole = SharedVQ(replace(CONFIG, exact_rows=96), TERNARY)
-    peek = lambda ids: whole.apply({"ternary": state}, ids, method=lambda module, ids: module.codebook.peek(ids))  # noqa: E731
-    book = np.asarray(unit_rows(peek(jnp.arange(96, dtype=jnp.int32))), np.float64)
-    latent = np.asarray(out.latent_BxSxK, np.float64)
-    ids = whole.apply({"ternary": state}, out.latent_BxSxK, method="nearest")
-    np.testing.assert_array_equal(ids, np.round(latent @ book.T, 5).argmax(axis=-1))
-    forced = whole.apply({"ternary": state}, out.latent_BxSxK, False, method="nearest")
+
+    def look(module, latent):
+        book = unit_rows(module.codebook.peek(jnp.arange(96, dtype=jnp.int32)))
+        return book, module.nearest(latent), module.nearest(latent, exact=False)
+
+    book, ids, forced = jax.jit(lambda latent: whole.apply({"ternary": state}, latent, method=look))(out.latent_BxSxK)
+    score = np.asarray(out.latent_BxSxK, np.float64) @ np.asarray(book, np.float64).T
+    np.testing.assert_array_equal(ids, np.round(score, 5).argmax(axis=-1))
     np.testing.assert_array_equal(forced, out.ids_BxS)
 
 
 def test_bfloat16(state):
-    out = SharedVQ(replace(CONFIG, dtype="bfloat16"), TERNARY).apply({"ternary": state}, X.astype(jnp.bfloat16))
+    model = SharedVQ(replace(CONFIG, dtype="bfloat16"), TERNARY)
+    out = jax.eval_shape(model.apply, {"ternary": state}, X.astype(jnp.bfloat16))
     assert out.output_BxSxD.dtype == jnp.bfloat16
     assert {leaf.dtype.name for leaf in (out.latent_BxSxK, out.commitment_BxS, out.codebook_BxS)} == {"float32"}
 
@@ -163,19 +166,18 @@ def test_a_large_book_is_born_in_little_room():
     assert memory.temp_size_in_bytes < memory.output_size_in_bytes
 
 
-class TestComposites:
-    """Pairs of neighbours: causal, and the same in parts."""
-
+def test_composites_are_of_a_motif_and_the_one_before():
     model = CompositeCodebook(CONFIG, TERNARY, hidden=12)
+    state = jax.jit(model.init)(jax.random.key(0), X)
 
-    def test_position_by_position(self):
-        state = jax.jit(self.model.init)(jax.random.key(0), X)
-        apply = jax.jit(self.model.apply)
-        whole = apply(state, X)
-        assert whole.output_BxSxD.shape == (2, 5, 10)
-        first, rest = apply(state, X[:, :2]), apply(state, X[:, 2:], X[:, 1])
-        for name in ("output_BxSxD", "ids_BxS"):
-            joined = jnp.concatenate([getattr(first, name), getattr(rest, name)], axis=1)
-            np.testing.assert_allclose(joined, getattr(whole, name), rtol=1e-6, atol=1e-6)
-        gradient = jax.grad(lambda x: self.model.apply(state, x).output_BxSxD[:, 2].sum())(X)
-        assert [bool(gradient[:, at].any()) for at in range(5)] == [False, True, True, False, False]
+    @jax.jit
+    def run(x):
+        whole, pull = jax.vjp(lambda x: model.apply(state, x).output_BxSxD, x)
+        parts = [model.apply(state, x[:, :2]), model.apply(state, x[:, 2:], x[:, 1])]
+        third = jnp.zeros_like(whole).at[:, 2].set(1)
+        return whole, jnp.concatenate([part.output_BxSxD for part in parts], axis=1), pull(third)[0]
+
+    whole, joined, gradient = run(X)
+    assert whole.shape == (2, 5, 10)
+    np.testing.assert_allclose(joined, whole, rtol=1e-5, atol=1e-6)
+    assert [bool(gradient[:, at].any()) for at in range(5)] == [False, True, True, False, False]
