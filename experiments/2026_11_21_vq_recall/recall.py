@@ -3,8 +3,8 @@
     python experiments/2026_11_21_vq_recall/recall.py
     python experiments/2026_11_21_vq_recall/recall.py --rows 10000000 --inputs 200 --settings 256x4 1024x4
 
-Inputs are rows of the book plus normal noise, whose strength is given in root mean squares of the row, and normal inputs
-that have nothing to do with any row. The share of rows compared is what candidates drawn at random would recall.
+Inputs are rows of the book plus normal noise, whose strength is given in root mean squares of the row, and normal
+inputs that have nothing to do with any row. The share of rows compared is what candidates drawn at random would recall.
 """
 
 import argparse
@@ -53,7 +53,12 @@ def recall(leaves, runs: Runs, probes: int, count: int) -> str:
         jax.block_until_ready(among(leaves, x))
         elapsed.append(time.perf_counter() - start)
         found.append(float(jnp.mean(guess == exact(leaves, x))))
-    cells = [f"{probes} x {runs.span}", f"{compared:,}", f"{compared / runs.rows:.2%}", *(f"{value:.3f}" for value in found)]
+    cells = [
+        f"{probes} x {runs.span}",
+        f"{compared:,}",
+        f"{compared / runs.rows:.2%}",
+        *(f"{value:.3f}" for value in found),
+    ]
     return "| " + " | ".join([*cells, f"{1000 * min(elapsed) / count:.2f}"]) + " |"
 
 
@@ -65,7 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     spec = MatrixSpec(arguments.rows, DIM, GROUP, fan_in=1, table=True, sparse=True)
     fresh = jax.jit(lambda key: init_matrix(key, spec))(jax.random.key(0))
-    print(f"{arguments.rows:,} rows, {arguments.inputs} inputs each\n{COLUMNS}\n|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print(f"{arguments.rows:,} rows, {arguments.inputs} inputs each\n{COLUMNS}\n|---{'|---:' * 8}|")
     for setting in arguments.settings:
         probes, at_least = (int(number) for number in setting.split("x"))
         runs = Runs(arguments.rows, at_least)

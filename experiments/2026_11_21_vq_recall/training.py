@@ -2,7 +2,7 @@
 
     python experiments/2026_11_21_vq_recall/training.py
 
-Inputs are 200 normal centres with noise of 0.1; the loss is reconstruction, commitment and codebook. A minute on one core.
+Inputs are 200 normal centres with noise of 0.1; the loss is reconstruction, commitment and codebook.
 """
 
 from dataclasses import replace
@@ -68,7 +68,10 @@ def main() -> None:
             seen.append([float(value) for value in measured])
             if at + 1 in (20, 100, 200, 300):
                 distance, recall = np.mean(seen[-20:], axis=0)
-                print(f"| {'yes' if revives else 'no'} | {at - 18} to {at + 1} | {distance:.3f} | {recall:.3f} |", flush=True)
+                print(
+                    f"| {'yes' if revives else 'no'} | {at - 18} to {at + 1} | {distance:.3f} | {recall:.3f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def ngram_hashes(
 
 
 def conversational_strength(memory: Memory, hashes: jax.Array) -> jax.Array:
-    """Strengths int8, of the shape of `hashes` uint32, of n-grams in this conversation; 0 where the slot is another's."""
+    """Strengths int8, shaped as `hashes` uint32, of n-grams in this conversation; 0 where the slot is another's."""
     slot, tag = _address(hashes, memory["tags"].shape[0])
     return jnp.where(memory["tags"][slot] == tag, memory["strength"][slot], jnp.int8(0))
 

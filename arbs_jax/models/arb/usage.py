@@ -81,8 +81,8 @@ def revive(
 
     Each input takes the first dead row among those it looks at: its candidates, the likeliest first, so that the row
     lives as near to its own signs as may be; or, of a book that is searched whole, a window that begins at a hash of
-    (key, step, input). Of two inputs that choose one row, the first has it. Inputs that repeat an earlier one or are all
-    zeros take none.
+    (key, step, input). Of two inputs that choose one row, the first has it. Inputs that repeat an earlier one or are
+    all zeros take none.
 
     Args:
         leaves: the book's, all of them.

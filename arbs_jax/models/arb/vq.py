@@ -1,9 +1,9 @@
 """Shared VQ: every vector becomes the nearest row of one large ternary codebook.
 
-A vector is projected to a few channels and brought to root mean square 1; the nearest row, at the same length, takes its
-place and is projected back. The output is straight-through (van den Oord et al., "Neural Discrete Representation
-Learning", 2017): its gradient goes to the projected input as if no row had taken its place, and the row learns from the
-codebook loss alone. How the nearest row is found, and why by angle, is in `arbs_jax.models.arb.search`.
+A vector is projected to a few channels and brought to root mean square 1; the nearest row, at the same length, takes
+its place and is projected back. The output is straight-through (van den Oord et al., "Neural Discrete Representation
+Learning", 2017): its gradient goes to the projected input as if no row had taken its place, and the row learns from
+the codebook loss alone. How the nearest row is found, and why by angle, is in `arbs_jax.models.arb.search`.
 
 Arrays are suffixed by their axes: B batch, S positions, D width, K channels of the codebook, M lookups, W worst inputs.
 """

@@ -24,7 +24,9 @@ from arbs_kernels.codec import unpack_rows
 RNG = np.random.default_rng(0)
 BOOK = jnp.asarray(RNG.integers(-1, 2, (200, 12)), jnp.float32).at[7].set(0).at[150].set(0).at[160].set(0)
 BOOK = BOOK.at[160].set(2 * BOOK[31])  # same angle: a tie, whatever the norm
-INPUTS = jnp.asarray(np.concatenate([RNG.standard_normal((20, 12)), 3 * BOOK[31][None], np.zeros((1, 12))]), jnp.float32)
+INPUTS = jnp.asarray(
+    np.concatenate([RNG.standard_normal((20, 12)), 3 * BOOK[31][None], np.zeros((1, 12))]), jnp.float32
+)
 
 
 def peek(ids):
