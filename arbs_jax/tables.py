@@ -5,9 +5,9 @@ A vote is that of a matrix of the rows that were looked up: integers as of any m
     ids      int32 (U,)   rows of the table in ascending order, padded with its height
     touched  int32 (U,)   1 for a row that the vote moves
 
-Votes do not add by entry, for each has rows of its own. They are laid side by side (`beside`, `stacked`), where `touched`
-and entries of rows keep their places and those of the whole table are summed, and `move` adds what belongs to one row:
-integers, so in any order. An empty dict is no vote at all.
+Votes do not add by entry, for each has rows of its own. They are laid side by side (`beside`, `stacked`), where entries
+of rows keep their places and those of the whole table are summed, and `move` adds what belongs to one row: integers, so
+in any order. An empty dict is no vote at all.
 """
 
 from dataclasses import replace
@@ -114,16 +114,18 @@ def _report(rule: Rule, before: Matrix, after: Matrix, spec: MatrixSpec, touched
     """The reports of rows one by one, those summed that were touched: the rest is padding."""
     one = replace(spec, out_features=1)
 
-    def axis(name: str, leaf: jax.Array) -> int | None:
-        return (0 if leaf.ndim == 1 else leaf.ndim - 2) if name in rule.row_leaves else None
+    axes = {
+        name: max(leaf.ndim - 2, 0) if name in rule.row_leaves else None for name, leaf in before.items()
+    }
+
+    def of_one_row(matrix: Matrix) -> Matrix:
+        return {
+            name: leaf if axes[name] is None else jnp.expand_dims(leaf, axes[name]) for name, leaf in matrix.items()
+        }
 
     def of_row(before: Matrix, after: Matrix) -> Report:
-        return rule.report(*({name: whole(name, leaf) for name, leaf in m.items()} for m in (before, after)), one)
+        return rule.report(of_one_row(before), of_one_row(after), one)
 
-    def whole(name: str, leaf: jax.Array) -> jax.Array:
-        return jnp.expand_dims(leaf, max(leaf.ndim - 1, 0)) if name in rule.row_leaves else leaf
-
-    axes = {name: axis(name, leaf) for name, leaf in before.items()}
     rows = jax.vmap(of_row, (axes, axes))(before, after)
     return jax.tree.map(lambda entry: jnp.sum(jnp.where(touched, entry, 0), dtype=entry.dtype), rows)
 

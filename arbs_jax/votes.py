@@ -104,9 +104,7 @@ def add_votes(rule: Rule, specs: Tree, *votes: Tree) -> Any:
     def add(path: str, nodes: tuple[Any, ...]) -> Any:
         if path in by_path:
             return tables.beside(rule, *nodes) if by_path[path].sparse else jax.tree.map(lambda *v: sum(v), *nodes)
-        return {
-            name: add(f"{path}/{name}" if path else name, tuple(node[name] for node in nodes)) for name in nodes[0]
-        }
+        return {name: add(f"{path}/{name}" if path else name, tuple(node[name] for node in nodes)) for name in nodes[0]}
 
     return add("", votes)
 
@@ -121,8 +119,8 @@ def matrix_vote(rule: Rule, spec: MatrixSpec, matrix: Any, collected: Any, key: 
 
 
 def each_expert(function: Callable[..., Any], spec: MatrixSpec, keys: Any, matrix: Any, *nodes: Any) -> Any:
-    """`function(spec, keys, matrix, *nodes)`; where the matrix is that of experts, mapped over all leading axes, with the
-    spec of one and keys (a tree of them) of its own."""
+    """`function(spec, keys, matrix, *nodes)`; where the matrix is that of experts, mapped over all leading axes, with
+    the spec of one and keys (a tree of them) of its own."""
     if not spec.experts:
         return function(spec, keys, matrix, *nodes)
 

@@ -27,7 +27,7 @@ class Rule(Protocol):
 
     @property
     def row_leaves(self) -> tuple[str, ...]:
-        """Leaves that have an entry for every row, on the last axis but one or the only one (some may be absent): what a
+        """Leaves with an entry for every row, on the last axis but one or the only one (some may be absent): what a
         step on a few rows of a table takes out and puts back. The others are of the whole table."""
         ...
 

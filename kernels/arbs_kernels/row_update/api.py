@@ -89,8 +89,8 @@ def put_rows(leaves: Any, ids: jax.Array, rows: Any) -> Any:
 def sum_rows(values: jax.Array, place: jax.Array, size: int) -> jax.Array:
     """Sums of the rows that share a place, the same bits in whatever order they are added.
 
-    Floats are added as 31-bit fixed-point numbers, whose point is that of the largest possible sum of their place: every
-    entry of n rows is rounded by at most 2^-29 of n times the largest of them, and not at all where its bits fit.
+    Floats are added as 31-bit fixed-point numbers, whose point is that of the largest possible sum of their place:
+    every entry of n rows is rounded by at most 2^-29 of n times the largest of them, and not at all where its bits fit.
 
     Args:
         values: `(M, K)`, floats.

@@ -23,8 +23,10 @@ def sums(values: jax.Array, place: jax.Array, size: int) -> jax.Array:
     largest = jnp.max(jnp.abs(values), axis=1)
     finite = jnp.isfinite(largest)
     count = jnp.zeros((size,), jnp.int32).at[place].add(1, mode="drop", wrap_negative_indices=False)
-    most = jnp.zeros((size,), jnp.float32).at[place].max(
-        jnp.where(finite, largest, 0), mode="drop", wrap_negative_indices=False
+    most = (
+        jnp.zeros((size,), jnp.float32)
+        .at[place]
+        .max(jnp.where(finite, largest, 0), mode="drop", wrap_negative_indices=False)
     )
     broken = jnp.zeros((size,), jnp.bool_).at[place].max(~finite, mode="drop", wrap_negative_indices=False)
     # most * count < 2^exponent, so no sum leaves 32 bits.
