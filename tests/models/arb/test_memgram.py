@@ -1,5 +1,7 @@
 """The n-gram memory: hashed, causal, bounded, and indifferent to the order of a batch."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,17 +15,24 @@ from arbs_jax.models.arb.memgram import (
     MemGramConfig,
     conversational_strength,
     empty_memgram,
-    ngram_hashes,
     observe_memgram,
 )
+from arbs_jax.models.arb.memgram import ngram_hashes as hashes_of
+from arbs_jax.rules.noise import run_key
 
 CONFIG = MemGramConfig(rows=1000, dim=8, width=6, orders=(2, 3), conversational_rows=512, gain=16, decay=3)
 IDS = jnp.asarray([[4, 9, 4, 9, 4], [1, 4, 9, 4, 7]], jnp.int32)
 observe = jax.jit(observe_memgram, static_argnums=2)
+ngram_hashes = jax.jit(hashes_of, static_argnums=1)
 
 
-def strengths(memory, ids=IDS):
-    return np.asarray(conversational_strength(memory, ngram_hashes(ids, CONFIG.orders)[0]))
+@partial(jax.jit, static_argnums=2)
+def read(memory, ids, orders=(1,)):
+    return conversational_strength(memory, hashes_of(ids, orders)[0])
+
+
+def strengths(memory):
+    return np.asarray(read(memory, IDS, CONFIG.orders))
 
 
 def test_equal_ngrams_hash_alike_wherever_they_are():
@@ -64,7 +73,6 @@ def test_strength_grows_with_use_decays_without_and_ends():
 def test_a_strong_slot_is_kept_and_a_weak_one_replaced():
     config = MemGramConfig(rows=10, dim=8, width=6, orders=(1,), conversational_rows=1, gain=16, decay=3)
     one, two = jnp.asarray([[5]], jnp.int32), jnp.asarray([[6]], jnp.int32)
-    read = lambda memory, ids: int(conversational_strength(memory, ngram_hashes(ids, (1,))[0])[0, 0, 0])  # noqa: E731
     strong = empty_memgram(config)
     for _ in range(3):
         strong = observe(strong, one, config)
@@ -85,7 +93,7 @@ def test_the_order_of_the_batch_does_not_matter():
 def test_reading_is_causal_and_gated():
     model = MemGram(CONFIG, TernaryConfig(rule=Integral(), group_size=8))
     fresh = empty_memgram(CONFIG)
-    state = jax.jit(model.init)(jax.random.key(0), IDS, fresh)
+    state = jax.jit(model.init)(run_key(0), IDS, fresh)
     assert set(state["ternary"]) == {"structural", "out"}
     apply = jax.jit(model.apply)
     out = np.asarray(apply(state, IDS, fresh))

@@ -18,6 +18,7 @@ from arbs_jax.models.arb.search import (
     runs_to_probe,
     unit_rows,
 )
+from arbs_jax.rules.noise import run_key
 from arbs_jax.state import MatrixSpec, init_matrix
 from arbs_kernels.codec import unpack_rows
 
@@ -42,7 +43,7 @@ def by_hand(inputs, rows):
     return np.where(rows, np.round(cosine, 5), -np.inf).argmax(axis=1)
 
 
-@pytest.mark.parametrize(("rows", "at_least"), [(1, 1), (7, 7), (64, 4), (200, 16), (1000, 3)])
+@pytest.mark.parametrize(("rows", "at_least"), [(7, 7), (64, 4), (1000, 3)])
 def test_runs_tile_the_book(rows, at_least):
     runs = Runs(rows, at_least)
     count = 2**runs.bits
@@ -94,12 +95,12 @@ def test_candidates_are_the_runs_of_the_own_signs_first():
     assert runs.bits == 3
     x = jnp.asarray([[0.5, -0.1, 2.0] + [9.0] * 9, [-1.0, -2.0, 0.0] + [0.0] * 9], jnp.float32)
     # 101 with its second sign the least certain, then its first; 000 with its third.
-    np.testing.assert_array_equal(runs_to_probe(x, runs, 3), [[0b101, 0b111, 0b001], [0b000, 0b001, 0b100]])
-    everything = np.sort(np.asarray(candidate_rows(x, runs, 8)), axis=1)
-    assert all(set(ids) == set(range(200)) for ids in everything)
+    likeliest, everything = jax.jit(lambda x: (runs_to_probe(x, runs, 3), candidate_rows(x, runs, 8)))(x)
+    np.testing.assert_array_equal(likeliest, [[0b101, 0b111, 0b001], [0b000, 0b001, 0b100]])
+    assert all(set(ids) == set(range(200)) for ids in np.asarray(everything))
 
 
-@pytest.mark.parametrize("budget", [1, 22 * 40, 10**6])
+@pytest.mark.parametrize("budget", [22 * 40, 10**6])
 def test_the_exact_search_is_exact(budget):
     got = jax.jit(lambda x: nearest_row(x, 200, peek, budget))(INPUTS)
     assert got.dtype == jnp.int32
@@ -139,15 +140,15 @@ def test_planted_rows_are_among_their_own_candidates():
         planted = plant(fresh, runs, 13)
         return fresh, planted, unpack_rows(fresh["trits"], 13), unpack_rows(planted["trits"], 13)
 
-    fresh, planted, *trits = born(jax.random.key(0))
+    fresh, planted, *trits = born(run_key(0))
     before, after = (np.asarray(leaf) for leaf in trits)
     assert (after[:, : runs.bits] != 0).all()
     np.testing.assert_array_equal(before[:, runs.bits :], after[:, runs.bits :])
     for name in ("exponent", "corr", "votes"):
         np.testing.assert_array_equal(fresh[name], planted[name])
-    own = jnp.asarray([0, 1, 99, 4_000, 65_535, 65_536, 100_000], jnp.int32)
-    candidates = np.asarray(candidate_rows(jnp.asarray(after[own], jnp.float32), runs, 1))
-    assert all(row in ids for row, ids in zip(np.asarray(own), candidates, strict=True))
+    own = [0, 1, 99, 4_000, 65_535, 65_536, 100_000]
+    candidates = jax.jit(lambda x: candidate_rows(x, runs, 1))(jnp.asarray(after[own], jnp.float32))
+    assert all(row in ids for row, ids in zip(own, np.asarray(candidates), strict=True))
 
 
 def test_unit_rows_have_length_one():

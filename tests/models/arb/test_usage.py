@@ -1,5 +1,6 @@
 """Usage of a codebook, and revival of the rows that have none."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -10,8 +11,9 @@ from support import assert_trees_equal
 
 from arbs_jax import Integral, TernaryConfig
 from arbs_jax.models.arb.search import candidate_rows, plant
-from arbs_jax.models.arb.usage import MOST_USES, dead, empty_usage, observe_usage, observe_vq, revive
+from arbs_jax.models.arb.usage import MOST_USES, dead, empty_usage, observe_usage, observe_vq
 from arbs_jax.models.arb.vq import VQConfig
+from arbs_jax.rules.noise import run_key
 from arbs_jax.rules.registry import LATENT_RULES
 from arbs_jax.state import MatrixSpec, init_matrix
 from arbs_kernels import latents
@@ -21,7 +23,10 @@ CONFIG = VQConfig(rows=64, width=8, dim=8, exact_rows=1, blocks=2, block_rows=8,
 TERNARY = TernaryConfig(rule=Integral(), group_size=8)
 SPEC = MatrixSpec(64, 8, 8, fan_in=1, table=True, sparse=True)
 ALL = jnp.arange(64, dtype=jnp.int32)
-KEY = jax.random.key(3)
+KEY = run_key(3)
+INPUTS = np.random.default_rng(1).integers(-70, 71, (6, 8)).astype(np.int8)
+INPUTS[3] = INPUTS[1]
+INPUTS[4] = 0
 
 
 def at(step):
@@ -29,20 +34,32 @@ def at(step):
 
 
 def ids(*values):
-    return jnp.asarray(values, jnp.int32)
+    """64 ids: these, and such as are outside the book."""
+    return jnp.asarray(np.concatenate([np.asarray(values), np.full(64 - len(values), -1)]), jnp.int32)
 
 
 def alive(usage, step):
-    return set(np.flatnonzero(~np.asarray(dead(usage, ALL, at(step), CONFIG))))
+    return set(np.flatnonzero(~np.asarray(is_dead(usage, ALL, at(step), CONFIG))))
 
 
+is_dead = jax.jit(dead, static_argnums=3)
 observe = jax.jit(observe_usage, static_argnums=3)
-again = jax.jit(revive, static_argnums=(5, 6))
+step_on = jax.jit(observe_vq, static_argnums=(5, 6))
 
 
-def book(config=CONFIG, ternary=TERNARY):
-    base, own = jax.random.split(jax.random.key(0))
-    return plant(ternary.rule.init(own, init_matrix(base, SPEC), SPEC), config.runs, 8)
+def again(leaves, usage, step, config=CONFIG, ternary=TERNARY, used=None):
+    """A step that uses some rows and may redraw others at `INPUTS`."""
+    used = ids() if used is None else used
+    events = {"ids": used.reshape(2, 32), "inputs": jnp.asarray(INPUTS).reshape(2, 3, 8)}
+    return step_on(leaves, usage, events, at(step), KEY, config, ternary)
+
+
+@functools.cache
+def book(ternary=TERNARY):
+    def born(key):
+        return plant(ternary.rule.init(key, init_matrix(key, SPEC), SPEC), CONFIG.runs, 8)
+
+    return jax.jit(born)(run_key(0))
 
 
 def test_four_bytes_a_row():
@@ -54,7 +71,7 @@ def test_counts_halve_with_every_epoch_and_die():
     usage = empty_usage(CONFIG)
     assert alive(usage, 9) == set(range(64))
     assert alive(usage, 10) == set()
-    usage = observe(usage, ids([7, 7, 7], [7, 9, 7]), at(10), CONFIG)
+    usage = observe(usage, ids(7, 7, 7, 7, 9, 7), at(10), CONFIG)
     assert usage[7, 0] == 5
     assert [alive(usage, step) for step in (19, 20, 39, 40)] == [{7, 9}, {7}, {7}, set()]
     usage = observe(usage, ids(7, 0), at(25), CONFIG)
@@ -79,22 +96,17 @@ def test_epochs_outlast_their_16_bits():
 
 def test_the_order_of_ids_does_not_matter_and_strangers_count_nothing():
     several = np.random.default_rng(0).integers(0, 64, 40).astype(np.int32)
-    usage = observe(empty_usage(CONFIG), ids(*several, -1, 64), at(2), CONFIG)
-    assert_trees_equal(usage, observe(empty_usage(CONFIG), ids(64, -1, *several[::-1]), at(2), CONFIG))
+    usage = observe(empty_usage(CONFIG), ids(*several, 64), at(2), CONFIG)
+    assert_trees_equal(usage, observe(empty_usage(CONFIG), ids(-1, 64, *several[::-1]), at(2), CONFIG))
     np.testing.assert_array_equal(usage[:, 0], 1 + np.bincount(several, minlength=64))
 
 
-INPUTS = np.random.default_rng(1).integers(-70, 71, (6, 8)).astype(np.int8)
-INPUTS[3] = INPUTS[1]
-INPUTS[4] = 0
-
-
-@pytest.mark.parametrize("exact_rows", [1, 64])
+@pytest.mark.parametrize("exact_rows", [1, pytest.param(64, marks=pytest.mark.slow)])
 def test_only_dead_rows_that_were_looked_at_are_redrawn(exact_rows):
     config = replace(CONFIG, exact_rows=exact_rows)
-    usage = observe(empty_usage(config), ALL[::2], at(10), CONFIG)
+    usage = observe(empty_usage(CONFIG), ids(*range(0, 64, 2)), at(10), CONFIG)
     leaves = book()
-    after, used = again(leaves, usage, jnp.asarray(INPUTS), at(15), KEY, config, TERNARY)
+    after, used = again(leaves, usage, 15, config)
     before = np.asarray(unpack_rows(leaves["trits"], 8))
     trits = np.asarray(unpack_rows(after["trits"], 8))
     redrawn = set(np.flatnonzero(np.asarray(usage[:, 1] != used[:, 1])))
@@ -107,20 +119,12 @@ def test_only_dead_rows_that_were_looked_at_are_redrawn(exact_rows):
     assert len(set(taken)) == len(taken)
     assert not {3, 4} & set(taken)
     if exact_rows == 1:
-        looked_at = np.asarray(candidate_rows(jnp.asarray(INPUTS, jnp.float32), config.runs, config.blocks))
+        look = jax.jit(lambda x: candidate_rows(x, config.runs, config.blocks))
+        looked_at = np.asarray(look(jnp.asarray(INPUTS, jnp.float32)))
         assert all(row in looked_at[place] for row, place in zip(redrawn, taken, strict=True))
     assert {int(used[row, 0]) for row in redrawn} == {1}
-    # Everything is alive right after it was used: nothing moves.
-    full = observe(usage, ALL, at(15), CONFIG)
-    assert_trees_equal(again(leaves, full, jnp.asarray(INPUTS), at(15), KEY, config, TERNARY), (leaves, full))
-
-
-def test_what_a_step_used_is_alive_before_rows_are_redrawn():
-    inputs = jnp.asarray(INPUTS).reshape(2, 3, 8)
-    run = jax.jit(lambda *args: observe_vq(*args, CONFIG, TERNARY))
-    leaves, usage = run(book(), empty_usage(CONFIG), {"ids": ALL.reshape(2, 32), "inputs": inputs}, at(25), KEY)
-    assert_trees_equal(leaves, book())
-    assert (usage[:, 0] == 1).all()
+    # Everything is alive right after it was used: nothing is redrawn.
+    assert_trees_equal(again(leaves, usage, 15, config, used=ALL), (leaves, observe(usage, ALL, at(15), CONFIG)))
 
 
 def test_a_step_on_a_million_rows_works_in_place():
@@ -141,12 +145,12 @@ def test_a_step_on_a_million_rows_works_in_place():
 
 def test_latents_of_a_redrawn_row_are_its_input():
     ternary = TernaryConfig(rule=LATENT_RULES["latent18"], group_size=8)
-    leaves = book(ternary=ternary)
+    leaves = dict(book(ternary))
     leaves["momentum"] = jnp.full_like(leaves["momentum"], 5)
     leaves["row_moment"] = jnp.full_like(leaves["row_moment"], -7)
     leaves["votes"] = jnp.asarray(9, jnp.int64)
-    usage = observe(empty_usage(CONFIG), ALL[:1], at(20), CONFIG)
-    after, used = again(leaves, usage, jnp.asarray(INPUTS), at(25), KEY, CONFIG, ternary)
+    usage = observe(empty_usage(CONFIG), ids(0), at(20), CONFIG)
+    after, used = again(leaves, usage, 25, ternary=ternary)
     assert {name: leaf.dtype for name, leaf in after.items()} == {name: leaf.dtype for name, leaf in leaves.items()}
     assert after["votes"] == 9
     redrawn = np.flatnonzero(np.asarray(used[:, 1] != usage[:, 1]))
