@@ -90,13 +90,16 @@ def move(
         return matrix, {}
     votes = _merged(rule, votes, spec)
     ids, touched = votes.pop("ids"), votes["touched"] > 0
-    before = _rows_of(rule, matrix, ids)
+    # The rows are copied out: were they read from the table again after it has moved, there would have to be a second.
+    taken = {name: leaf for name, leaf in _rows_of(rule, matrix, ids).items() if name in rule.row_leaves}
+    taken, votes = jax.lax.optimization_barrier((taken, votes))
+    before = matrix | taken
     small = _of_rows(spec, ids)
     new = rule.update(dict(before), votes, small, step, key)
-    after = {name: jnp.where(moves, new[name], before[name]) for name in before}
-    return put_back(rule, matrix, jnp.where(touched, ids, spec.out_features), after), _report(
-        rule, before, after, small, touched
-    )
+    # What the rule leaves alone is not written: of a write that waits for no vote the compiler makes a copy.
+    changed = {name: jnp.where(moves, leaf, before[name]) for name, leaf in new.items() if leaf is not before[name]}
+    report = _report(rule, before, before | changed, small, touched)
+    return put_back(rule, matrix, jnp.where(touched & moves, ids, spec.out_features), changed), report
 
 
 def _merged(rule: Rule, votes: Votes, spec: MatrixSpec) -> Votes:
@@ -114,9 +117,7 @@ def _report(rule: Rule, before: Matrix, after: Matrix, spec: MatrixSpec, touched
     """The reports of rows one by one, those summed that were touched: the rest is padding."""
     one = replace(spec, out_features=1)
 
-    axes = {
-        name: max(leaf.ndim - 2, 0) if name in rule.row_leaves else None for name, leaf in before.items()
-    }
+    axes = {name: max(leaf.ndim - 2, 0) if name in rule.row_leaves else None for name, leaf in before.items()}
 
     def of_one_row(matrix: Matrix) -> Matrix:
         return {
@@ -143,11 +144,11 @@ def put_back(rule: Rule, matrix: Matrix, ids: jax.Array, rows: Matrix) -> Matrix
     """The table with these rows (of ids outside it none), and leaves of the whole table, replaced."""
 
     def put(leaf: jax.Array, new: jax.Array) -> jax.Array:
-        if leaf.ndim == 1:  # As `put_rows`; through a second axis the leaf would be copied.
-            return leaf.at[ids].set(new, mode="drop", wrap_negative_indices=False)
+        if leaf.ndim == 1:
+            return put_rows(leaf[:, None], ids, new[:, None])[:, 0]
         return put_rows(leaf, ids, new)
 
-    return {name: put(leaf, rows[name]) if name in rule.row_leaves else rows[name] for name, leaf in matrix.items()}
+    return matrix | {name: put(matrix[name], new) if name in rule.row_leaves else new for name, new in rows.items()}
 
 
 def _of_rows(spec: MatrixSpec, ids: jax.Array) -> MatrixSpec:

@@ -154,5 +154,5 @@ def _redrawn(
     spread = 2 * zero_half_range(planes) + 1
     v = (inputs_WxK.astype(jnp.int32) * (2 * spread) + INPUT_STEPS) // (2 * INPUT_STEPS)
     fresh |= encode(jnp.clip(v, -half_range(planes), half_range(planes)), planes)
-    of_table = {name: leaf for name, leaf in leaves.items() if name not in ternary.rule.row_leaves}
-    return put_back(ternary.rule, leaves, rows, fresh | of_table)
+    per_row = {name: leaf for name, leaf in fresh.items() if name in ternary.rule.row_leaves}
+    return put_back(ternary.rule, leaves, rows, per_row)
