@@ -5,6 +5,7 @@ Each matrix also reads two optional collections: "probes", whose cotangent is th
 request only and tells the logical shape of every matrix.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.rules import Integral, Rule
-from arbs_jax.state import BASE_LEAVES, InitConfig, MatrixSpec, init_matrix
+from arbs_jax.state import BASE_LEAVES, InitConfig, Matrix, MatrixSpec, init_matrix
 from arbs_kernels.autodiff import MatmulSpec, ternary_gather, ternary_matmul
 from arbs_kernels.grouped_autodiff import ternary_grouped_matmul
 from arbs_kernels.table_autodiff import ternary_rows
@@ -45,14 +46,17 @@ class _TernaryMatrix(nn.Module):
 
     config: TernaryConfig = TernaryConfig()
 
-    def _matrix(self, spec: MatrixSpec) -> tuple[dict[str, jax.Array], dict[str, jax.Array] | None]:
-        """The leaves, and the probe if there is one."""
+    def _matrix(
+        self, spec: MatrixSpec, plant: Callable[[Matrix], Matrix] | None = None
+    ) -> tuple[Matrix, Matrix | None]:
+        """The leaves, and the probe if there is one; `plant` has the last word on fresh leaves."""
         config = self.config
         fresh: dict[str, jax.Array] = {}
 
         def drawn(key: jax.Array) -> dict[str, jax.Array]:
             base, own = jax.random.split(key)
-            return config.rule.init(own, init_matrix(base, spec.single, config.init), spec.single)
+            leaves = config.rule.init(own, init_matrix(base, spec.single, config.init), spec.single)
+            return leaves if plant is None else plant(leaves)
 
         def leaf(name: str) -> jax.Array:
             if not fresh:
@@ -133,12 +137,14 @@ class TernaryTable(_TernaryMatrix):
     num_embeddings: int = 0
     features: int = 0
     dtype: jnp.dtype = jnp.float32
+    plant: Callable[[Matrix], Matrix] | None = None
+    """Applied to the leaves when they are drawn, by a table whose rows have their places; None leaves them."""
 
     def setup(self) -> None:
         # A looked-up row is not a sum over inputs: its fan-in is 1.
         spec = MatrixSpec(self.num_embeddings, self.features, self.config.group_size, fan_in=1, table=True, sparse=True)
         self._static = self._matmul_spec(spec)
-        self._leaves, self._probe = self._matrix(spec)
+        self._leaves, self._probe = self._matrix(spec, self.plant)
         self._lookups = _Lookups()
 
     def __call__(self, ids: jax.Array) -> jax.Array:

@@ -99,7 +99,7 @@ def move(
     # What the rule leaves alone is not written: of a write that waits for no vote the compiler makes a copy.
     changed = {name: jnp.where(moves, leaf, before[name]) for name, leaf in new.items() if leaf is not before[name]}
     report = _report(rule, before, before | changed, small, touched)
-    return _put_back(rule, matrix, jnp.where(touched & moves, ids, spec.out_features), changed), report
+    return put_back(rule, matrix, jnp.where(touched & moves, ids, spec.out_features), changed), report
 
 
 def _merged(rule: Rule, votes: Votes, spec: MatrixSpec) -> Votes:
@@ -139,8 +139,8 @@ def _rows_of(rule: Rule, matrix: Matrix, ids: jax.Array) -> Matrix:
     return {name: taken(leaf) if name in rule.row_leaves else leaf for name, leaf in matrix.items()}
 
 
-def _put_back(rule: Rule, matrix: Matrix, ids: jax.Array, rows: Matrix) -> Matrix:
-    """The table with these rows, and leaves of the whole table, replaced."""
+def put_back(rule: Rule, matrix: Matrix, ids: jax.Array, rows: Matrix) -> Matrix:
+    """The table with these rows (of ids outside it none), and leaves of the whole table, replaced."""
 
     def put(leaf: jax.Array, new: jax.Array) -> jax.Array:
         if leaf.ndim == 1:
