@@ -1,0 +1,1 @@
+"""The ARB model: its parts, and the whole."""

@@ -1,0 +1,185 @@
+"""Edges between motifs against a plain Python oracle, and what they promise beyond it."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assert_trees_equal
+
+from arbs_jax.errors import ConfigError
+from arbs_jax.models.arb.edge_updates import observe_edges
+from arbs_jax.models.arb.edges import EdgeConfig, bucket_of, empty_edges, incoming, pair_weights
+
+SLOTS = EdgeConfig(motifs=40, buckets=7, degree=3, window=2, gain=3, threshold=2, admit=1, decay=5, dense_motifs=0)
+DENSE = EdgeConfig(motifs=6, window=2, gain=50, threshold=2, decay=3)
+BATCH, LENGTH = 3, 11
+BUCKETS = np.asarray(bucket_of(SLOTS, jnp.arange(SLOTS.motifs, dtype=jnp.int32)))
+
+observe = jax.jit(observe_edges, static_argnums=0)
+
+
+def meetings(config, ids, agreement):
+    """Totals by hand: {(destination, source): [count, evidence]}."""
+    totals = {}
+    for row, agreed in zip(ids.tolist(), agreement.tolist(), strict=True):
+        for at, motif in enumerate(row):
+            for offset in range(1, min(config.window, at) + 1):
+                other = row[at - offset]
+                if 0 <= motif < config.motifs and 0 <= other < config.motifs:
+                    entry = totals.setdefault((motif, other), [0, 0])
+                    entry[0] += 1
+                    entry[1] += agreed[at][offset - 1]
+    return totals
+
+
+class Oracle:
+    """Buckets as lists of slots `[source, destination, sign, score]`, a pair at a time."""
+
+    def __init__(self, config):
+        self.config = config
+        self.buckets = [[[-1, -1, 0, 0] for _ in range(config.degree)] for _ in range(config.buckets)]
+        self.events = {"admitted": 0, "refused": 0, "evicted": 0, "replaced": 0, "saturated": 0}
+
+    def observe(self, ids, agreement, step):
+        config, totals = self.config, meetings(self.config, ids, agreement)
+        for bucket in {int(BUCKETS[destination]) for destination, _ in totals}:
+            slots = self.buckets[bucket]
+            pairs = {pair: total for pair, total in totals.items() if BUCKETS[pair[0]] == bucket}
+            if (step + bucket) % config.decay == 0:
+                for slot in slots:
+                    slot[3] = max(slot[3] - 1, 0)
+            for slot in slots:
+                _, evidence = pairs.pop((slot[1], slot[0]), (0, 0))
+                slot[3] += max(-config.gain, min(config.gain, slot[2] * evidence))
+                self.events["saturated"] += slot[3] > 127
+                slot[3] = min(slot[3], 127)
+                if slot[3] < config.evict:
+                    self.events["evicted"] += slot[1] >= 0
+                    slot[:] = [-1, -1, 0, 0]
+            free = sorted(range(config.degree), key=lambda at, slots=slots: (slots[at][3], at))
+            for (destination, source), (_, evidence) in sorted(pairs.items(), key=lambda item: (-item[1][0], item[0])):
+                strength = min(abs(evidence), config.gain)
+                if strength < config.evict:
+                    continue
+                if free and slots[free[0]][3] <= config.admit:
+                    slot = slots[free.pop(0)]
+                    self.events["replaced"] += slot[1] >= 0
+                    self.events["admitted"] += 1
+                    slot[:] = [source, destination, int(np.sign(evidence)), strength]
+                else:
+                    self.events["refused"] += 1
+
+    def leaves(self):
+        columns = np.asarray(self.buckets).transpose(2, 0, 1)
+        dtypes = {"source": np.int32, "destination": np.int32, "sign": np.int8, "score": np.int8}
+        return {name: column.astype(dtype) for (name, dtype), column in zip(dtypes.items(), columns, strict=True)}
+
+
+def stream(rng, motifs, frequent, bias):
+    """One step's ids, some of them no motif, a few motifs far more frequent; agreements are mostly the pair's own."""
+    ids = np.where(rng.random((BATCH, LENGTH)) < 0.7, rng.integers(0, frequent, (BATCH, LENGTH)), 0)
+    ids = np.where(rng.random(ids.shape) < 0.3, rng.integers(-2, motifs + 2, ids.shape), ids).astype(np.int32)
+    own = 1 - 2 * (ids % 2)
+    agreement = np.where(rng.random((*ids.shape, 2)) < bias, own[..., None], rng.integers(-1, 2, (*ids.shape, 2)))
+    return ids, agreement.astype(np.int8)
+
+
+def test_slots_follow_the_oracle_through_admission_eviction_and_saturation():
+    rng, oracle, edges = np.random.default_rng(0), Oracle(SLOTS), empty_edges(SLOTS)
+    for step in range(150):
+        # Sixty steps of the same few motifs, then of all.
+        ids, agreement = stream(rng, SLOTS.motifs, 4 if step < 60 else SLOTS.motifs, 0.9 if step < 60 else 0.4)
+        oracle.observe(ids, agreement, step)
+        edges = observe(SLOTS, edges, ids, agreement, jnp.int32(step))
+        assert_trees_equal(edges, oracle.leaves())
+    assert all(count > 0 for count in oracle.events.values()), oracle.events
+
+
+def test_dense_scores_are_clipped_sums_of_agreements():
+    rng, edges = np.random.default_rng(1), empty_edges(DENSE)
+    expected = np.zeros((6, 6), np.int64)
+    for step in range(80):
+        ids, agreement = stream(rng, 6, 4, 0.9)
+        totals = meetings(DENSE, ids, agreement)
+        for destination in {pair[0] for pair in totals if (step + pair[0]) % DENSE.decay == 0}:
+            expected[destination] -= np.sign(expected[destination])
+        for pair, (_, evidence) in totals.items():
+            expected[pair] = np.clip(expected[pair] + np.clip(evidence, -DENSE.gain, DENSE.gain), -127, 127)
+        edges = observe(DENSE, edges, ids, agreement, jnp.int32(step))
+        assert_trees_equal(edges, {"score": expected.astype(np.int8)})
+    assert expected.max() == 127
+    assert expected.min() == -127
+
+
+@pytest.mark.parametrize("config", [SLOTS, DENSE], ids=["slots", "dense"])
+def test_order_of_sequences_and_axes_before_them_do_not_matter(config):
+    rng = np.random.default_rng(2)
+    edges = empty_edges(config)
+    for step in range(4):
+        ids, agreement = stream(rng, config.motifs, config.motifs, 0.5)
+        order = rng.permutation(BATCH)
+        one = observe(config, edges, ids, agreement, jnp.int32(step))
+        assert_trees_equal(observe(config, edges, ids[order], agreement[order], jnp.int32(step)), one)
+        edges = one
+    split = observe(config, edges, ids[:, None], agreement[:, None], jnp.int32(step))
+    assert_trees_equal(split, observe(config, edges, ids, agreement, jnp.int32(step)))
+
+
+def read_by_hand(config, edges):
+    """{(destination, source): weight} of all edges that carry messages."""
+    leaves = {name: np.asarray(leaf) for name, leaf in edges.items()}
+    if config.dense:
+        strong = np.argwhere(np.abs(leaves["score"].astype(int)) >= config.threshold)
+        return {(int(d), int(s)): int(np.sign(leaves["score"][d, s])) for d, s in strong}
+    strong = np.argwhere(leaves["score"] >= config.threshold)
+    return {
+        (int(leaves["destination"][at]), int(leaves["source"][at])): int(leaves["sign"][at])
+        for at in map(tuple, strong)
+    }
+
+
+@pytest.mark.parametrize("config", [SLOTS, DENSE], ids=["slots", "dense"])
+def test_strong_edges_and_no_others_are_read(config):
+    rng, edges = np.random.default_rng(3), empty_edges(config)
+    for step in range(6):
+        edges = observe(config, edges, *stream(rng, config.motifs, 5, 0.9), jnp.int32(step))
+    weights = read_by_hand(config, edges)
+    assert {-1, 1} <= set(weights.values())
+    motifs = np.arange(-1, config.motifs + 1, dtype=np.int32)
+    sources, weight = (np.asarray(leaf) for leaf in incoming(config, edges, jnp.asarray(motifs)))
+    found = {
+        (int(motifs[row]), int(sources[row, slot])): int(weight[row, slot]) for row, slot in np.argwhere(weight != 0)
+    }
+    assert found == weights
+    pairs = np.asarray(pair_weights(config, edges, jnp.asarray(motifs), jnp.asarray(motifs)))
+    assert pairs.dtype == np.int8
+    assert {(int(motifs[d]), int(motifs[s])): int(pairs[d, s]) for d, s in np.argwhere(pairs != 0)} == weights
+
+
+def test_a_step_makes_nothing_of_the_size_of_the_state():
+    config = EdgeConfig(motifs=10**6, buckets=1 << 18, degree=8)
+    edges = jax.eval_shape(partial(empty_edges, config))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in edges.values())
+    assert size == 10 * config.buckets * config.degree
+    ids = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    agreement = jax.ShapeDtypeStruct((2, 64, config.window), jnp.int8)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    donated = jax.jit(observe_edges, static_argnums=0, donate_argnums=1)
+    memory = donated.lower(config, edges, ids, agreement, step).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == size
+    assert memory.temp_size_in_bytes < size / 16
+
+
+def test_mistakes_are_named():
+    for change, message in [
+        ({"motifs": 0}, r"edges.motifs must be in \[1, 2\^31\), got 0"),
+        ({"threshold": 128}, r"edges.threshold must be in \[1, 127\].*got 128"),
+        ({"evict": 4}, "edges.evict must be at most edges.gain, got 4 and 3"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            replace(SLOTS, **change)
+    with pytest.raises(ConfigError, match=r"\(2, 5, 2\), got \(2, 5\)"):
+        observe_edges(SLOTS, empty_edges(SLOTS), jnp.zeros((2, 5), jnp.int32), jnp.zeros((2, 5), jnp.int8), 0)
