@@ -1,6 +1,6 @@
 """Neural networks whose persistent state is integers only: packed trits, exponents, accumulators and counters."""
 
-from arbs_jax.layers import TernaryConfig, TernaryDense, TernaryEmbed, TernaryRMSNorm
+from arbs_jax.layers import TernaryConfig, TernaryDense, TernaryEmbed, TernaryExperts, TernaryRMSNorm, TernaryTable
 from arbs_jax.rules import BigInt, Integral, Latent
 from arbs_jax.votes import make_probes, matrix_specs, update, value_and_votes
 
@@ -11,7 +11,9 @@ __all__ = [
     "TernaryConfig",
     "TernaryDense",
     "TernaryEmbed",
+    "TernaryExperts",
     "TernaryRMSNorm",
+    "TernaryTable",
     "make_probes",
     "matrix_specs",
     "update",

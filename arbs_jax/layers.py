@@ -11,9 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from arbs_jax.errors import ConfigError
 from arbs_jax.rules import Integral, Rule
 from arbs_jax.state import BASE_LEAVES, InitConfig, MatrixSpec, init_matrix
 from arbs_kernels.autodiff import MatmulSpec, ternary_gather, ternary_matmul
+from arbs_kernels.grouped_autodiff import ternary_grouped_matmul
+from arbs_kernels.table_autodiff import ternary_rows
 
 COLLECTION = "ternary"
 PROBES = "probes"
@@ -45,10 +48,14 @@ class _TernaryMatrix(nn.Module):
         config = self.config
         fresh: dict[str, jax.Array] = {}
 
+        def drawn(key: jax.Array) -> dict[str, jax.Array]:
+            base, own = jax.random.split(key)
+            return config.rule.init(own, init_matrix(base, spec.single, config.init), spec.single)
+
         def leaf(name: str) -> jax.Array:
             if not fresh:
-                base, own = jax.random.split(self.make_rng("params"))
-                fresh.update(config.rule.init(own, init_matrix(base, spec, config.init), spec))
+                key = self.make_rng("params")
+                fresh.update(jax.lax.map(drawn, jax.random.split(key, spec.experts)) if spec.experts else drawn(key))
             return fresh[name]
 
         leaves = {name: self.variable(COLLECTION, name, leaf, name).value for name in BASE_LEAVES}
@@ -58,7 +65,8 @@ class _TernaryMatrix(nn.Module):
                 self.variable(COLLECTION, name, leaf, name)
         else:
             self.sow(SPECS, "spec", spec, reduce_fn=lambda _, new: new, init_fn=lambda: None)
-        kinds = [name for name in (config.rule.probe, "count") if self.has_variable(PROBES, name)]
+        kinds = ("rows", "ids", "count") if spec.sparse else (config.rule.probe, "count")
+        kinds = [name for name in kinds if self.has_variable(PROBES, name)]
         probe = {name: self.get_variable(PROBES, name) for name in kinds} or None
         return leaves, probe
 
@@ -110,6 +118,84 @@ class TernaryEmbed(_TernaryMatrix):
         if self.has_variable(DENSE, "weight"):
             return _dense(x, self.get_variable(DENSE, "weight").astype(x.dtype))
         return ternary_matmul(x, self._leaves, self._static, self._probe)
+
+
+class TernaryTable(_TernaryMatrix):
+    """A table of up to millions of rows, `W (num_embeddings, features)`, of which a step touches those it looks up.
+
+    Neither forward nor backward nor update makes an array of the table's height. `__call__` votes for the rows it
+    returns, once a pass: look all ids up in one call. Ids outside the table are an error where they are known, and
+    inside a traced function read zeros and vote for nothing.
+    """
+
+    num_embeddings: int = 0
+    features: int = 0
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        # A looked-up row is not a sum over inputs: its fan-in is 1.
+        spec = MatrixSpec(self.num_embeddings, self.features, self.config.group_size, fan_in=1, table=True, sparse=True)
+        self._static = self._matmul_spec(spec)
+        self._leaves, self._probe = self._matrix(spec)
+        self._lookups = _Lookups()
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Rows of integer `ids (...)`: `(..., features)` in `dtype`; differentiable in the probe.
+
+        Raises:
+            ConfigError: known ids are out of range, or votes are collected and `ids` are not as many as was said
+                (`Stage.lookups`), or are looked up in a second call.
+        """
+        if self._probe is not None:
+            self._lookups.take(self._probe["rows"].shape[0], ids.size, "/".join(self.path))
+        return self._rows(ids, self._probe)
+
+    def peek(self, ids: jax.Array) -> jax.Array:
+        """The same rows with no vote, for rows that are only compared.
+
+        Raises:
+            ConfigError: known ids are out of range.
+        """
+        return self._rows(ids, None)
+
+    def _rows(self, ids: jax.Array, probe: dict[str, jax.Array] | None) -> jax.Array:
+        if ids.size and not isinstance(ids, jax.core.Tracer):
+            least, most = int(ids.min()), int(ids.max())
+            if least < 0 or most >= self.num_embeddings:
+                raise ConfigError(f"ids must be in [0, {self.num_embeddings}), got {least} to {most}")
+        return ternary_rows(ids, self._leaves, self._static, self.dtype, probe)
+
+
+class _Lookups:
+    """Sees to it that one pass uses a table's probe once, with as many ids as it is for."""
+
+    def __init__(self) -> None:
+        self.taken = False
+
+    def take(self, expected: int, found: int, path: str) -> None:
+        if self.taken:
+            raise ConfigError(f"table {path!r} is looked up twice in one pass; look up all ids in one call")
+        if expected != found:
+            raise ConfigError(
+                f"table {path!r} has a probe for {expected} lookups and makes {found}; say {found} in Stage.lookups"
+            )
+        self.taken = True
+
+
+class TernaryExperts(_TernaryMatrix):
+    """A ternary matrix `(features, K)` for each expert, no bias: rows `(M, K)` sorted by expert to `(M, features)`."""
+
+    experts: int = 0
+    features: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """`y = x W_e^T` with `group_sizes` int32 (X,) rows of each expert in order; those past their sum give zeros."""
+        if self.experts < 1:
+            raise ConfigError(f"TernaryExperts.experts must be at least 1, got {self.experts}")
+        spec = MatrixSpec(self.features, x.shape[-1], self.config.group_size, experts=self.experts)
+        leaves, probe = self._matrix(spec)
+        return ternary_grouped_matmul(x, group_sizes, leaves, self._matmul_spec(spec), probe)
 
 
 class TernaryRMSNorm(nn.Module):

@@ -8,12 +8,13 @@ A matrix is a dict of leaves (the collection "ternary" of a Linen model holds on
     votes     int64 ()       n, votes taken
 
 so that `W = 2^(E + shift(c, n)) * T`, with the shift given by the rule, which may add integer leaves of its own. Under
-`nn.scan` every leaf gains a leading layer axis.
+`nn.scan` every leaf gains a leading layer axis; the matrices of experts (`MatrixSpec.experts`) have an axis of experts,
+after that of layers if there are both.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ import numpy as np
 from arbs_jax.errors import ConfigError, StateError
 from arbs_kernels.codec import pack_rows, packed_width, padding_is_zero, valid_codes
 from arbs_kernels.shapes import GROUP_SIZES, group_count
+from arbs_kernels.table_autodiff import MOST_ROWS
 
 BASE_LEAVES = ("trits", "exponent", "corr", "votes")
 _ROWS_PER_BLOCK = 65_536
@@ -47,12 +49,25 @@ class MatrixSpec:
     table: bool = False
     """Whether rows stand for symbols (an embedding, an output head): such a matrix is no map between two spaces, and
     rules that treat others as such leave its rows alone."""
+    sparse: bool = False
+    """Whether rows are touched only by lookups, few in a step: such a table is neither probed nor moved as a whole."""
+    experts: int = 0
+    """`X`, matrices of this shape in one, their leaves stacked on a leading axis; 0 is one matrix without that axis."""
 
     def __post_init__(self) -> None:
         if self.out_features < 1 or self.in_features < 1:
             raise ConfigError(f"a ternary matrix needs at least one row and column, got {self.shape}")
         if self.group_size not in GROUP_SIZES:
             raise ConfigError(f"group_size must be one of {GROUP_SIZES}, got {self.group_size}")
+        if self.sparse and self.out_features > MOST_ROWS:
+            raise ConfigError(
+                f"a sparse table has at most {MOST_ROWS} rows (votes carry ids as float32), got {self.out_features}; "
+                "divide it into several"
+            )
+        if self.experts < 0 or (self.sparse and self.experts):
+            raise ConfigError(
+                f"experts must be at least 0, and 0 for a sparse table, got {self.experts} with sparse={self.sparse}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,14 +84,20 @@ class MatrixSpec:
         """`P`, bytes in a row."""
         return packed_width(self.in_features)
 
+    @property
+    def single(self) -> "MatrixSpec":
+        """The spec of one expert's matrix; of what is one matrix, its own."""
+        return replace(self, experts=0) if self.experts else self
+
     def leaf_types(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """dtype and shape of the four base leaves of an unstacked matrix."""
-        per_group = (self.out_features, self.groups)
+        """dtype and shape of the four base leaves of an unstacked matrix, or of an unstacked set of experts."""
+        axes = (self.experts,) if self.experts else ()
+        per_group = (*axes, self.out_features, self.groups)
         return {
-            "trits": (np.dtype(np.uint8), (self.out_features, self.packed)),
+            "trits": (np.dtype(np.uint8), (*axes, self.out_features, self.packed)),
             "exponent": (np.dtype(np.int8), per_group),
             "corr": (np.dtype(np.int64), per_group),
-            "votes": (np.dtype(np.int64), ()),
+            "votes": (np.dtype(np.int64), axes),
         }
 
 
@@ -130,7 +151,7 @@ def rows_in_blocks(block: Callable[[jax.Array, int], Any], out_features: int, ax
 
     Args:
         block: makes a pytree of arrays for `rows` rows; `index` is an int32 ().
-        out_features: rows in all; the last block's excess is cut off.
+        out_features: rows in all; of the block before the last, what the last covers is lost.
         axes: pytree like the block's, with the position of the row axis in each array.
     """
     rows = min(out_features, _ROWS_PER_BLOCK)
@@ -138,12 +159,22 @@ def rows_in_blocks(block: Callable[[jax.Array, int], Any], out_features: int, ax
     if blocks == 1:
         return block(jnp.int32(0), rows)
 
-    def join(axis: int, stacked: jax.Array) -> jax.Array:
-        inner = jnp.moveaxis(stacked, 0, axis)
-        flat = inner.reshape(*inner.shape[:axis], blocks * rows, *inner.shape[axis + 2 :])
-        return jax.lax.slice_in_dim(flat, 0, out_features, axis=axis)
+    # Each block is put where it belongs, so that the whole is made once: joined blocks would have to be copied. The
+    # last one begins early enough to end with the table, over rows of the one before.
+    def put(index: jax.Array, whole: Any) -> Any:
+        row = jnp.minimum(index * rows, out_features - rows)
+        return jax.tree.map(
+            lambda axis, leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, row, axis),
+            axes,
+            whole,
+            block(index, rows),
+        )
 
-    return jax.tree.map(join, axes, jax.lax.map(lambda i: block(i, rows), jnp.arange(blocks, dtype=jnp.int32)))
+    def room(axis: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.zeros((*leaf.shape[:axis], out_features, *leaf.shape[axis + 1 :]), leaf.dtype)
+
+    one = jax.eval_shape(lambda index: block(index, rows), jax.ShapeDtypeStruct((), jnp.int32))
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(blocks), put, jax.tree.map(room, axes, one))
 
 
 def init_matrix(key: jax.Array, spec: MatrixSpec, init: InitConfig | None = None) -> Matrix:

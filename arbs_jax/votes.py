@@ -1,6 +1,6 @@
 """From a loss over a Linen model to integer votes, and from votes to the next state: the five-line training loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +12,7 @@ from arbs_jax.rules import Rule
 from arbs_jax.state import MatrixSpec, Tree, flatten_specs, map_matrices
 from arbs_kernels.autodiff import make_probe
 from arbs_kernels.decode import decode
+from arbs_kernels.table_autodiff import make_rows_probe
 
 
 def matrix_specs(model: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str, Any]:
@@ -33,15 +34,24 @@ def _unwrap(node: Any) -> Any:
     return {name: _unwrap(child) for name, child in node.items()}
 
 
-def make_probes(ternary: Tree, specs: Tree, rule: Rule, dtype: jnp.dtype = jnp.float32) -> Any:
+def make_probes(
+    ternary: Tree,
+    specs: Tree,
+    rule: Rule,
+    dtype: jnp.dtype = jnp.float32,
+    lookups: Mapping[str, int] | None = None,
+) -> Any:
     """Zero probes for the collection "probes", nested like `ternary`; stacked matrices get stacked probes.
 
-    `dtype` is that of the gradients that rules sample.
+    `dtype` is that of the gradients that rules sample. `lookups` says by path how many rows of a sparse table one pass
+    looks up; 0 where it is silent.
     """
-    by_path = flatten_specs(specs)
+    by_path, rows = flatten_specs(specs), lookups or {}
 
     def probe(path: str, matrix: Any) -> dict[str, jax.Array]:
         spec = by_path[path]
+        if spec.sparse:
+            return make_rows_probe(rows.get(path, 0), spec.in_features, dtype)
         single = make_probe(rule.probe, spec.out_features, spec.in_features, spec.group_size, dtype)
         stack = matrix["votes"].shape
         return jax.tree.map(lambda leaf: jnp.zeros(stack + leaf.shape, leaf.dtype), single)

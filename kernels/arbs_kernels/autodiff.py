@@ -98,18 +98,19 @@ def ternary_gather(
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Kinds:
+class Kinds:
     """What backward needs of a probe: keys and dtypes. Its zeros are not saved, they may have the weight's shape."""
 
     dtypes: tuple[tuple[str, jnp.dtype], ...]
 
 
-def _kinds(probe: Probe | None) -> _Kinds | None:
-    return None if probe is None else _Kinds(tuple((name, leaf.dtype) for name, leaf in probe.items()))
+def kinds_of(probe: Probe | None) -> Kinds | None:
+    """What to save of a probe; None where no votes are collected."""
+    return None if probe is None else Kinds(tuple((name, leaf.dtype) for name, leaf in probe.items()))
 
 
 def _votes(
-    kinds: _Kinds | None,
+    kinds: Kinds | None,
     dy: jax.Array,
     dw: Callable[[jnp.dtype], jax.Array],
     score: Callable[[], jax.Array],
@@ -140,7 +141,7 @@ def _matmul(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None) ->
 
 def _matmul_forward(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None):
     # `x` is kept as it came, not as rows: what several products share is then kept once.
-    return _matmul(spec, x, leaves, probe), (x, leaves, _kinds(probe))
+    return _matmul(spec, x, leaves, probe), (x, leaves, kinds_of(probe))
 
 
 def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
@@ -183,7 +184,7 @@ def _gather(spec: MatmulSpec, dtype: jnp.dtype, ids: jax.Array, leaves: dict, pr
 
 
 def _gather_forward(spec: MatmulSpec, dtype: jnp.dtype, ids: jax.Array, leaves: dict, probe: dict | None):
-    return _gather(spec, dtype, ids, leaves, probe), (ids, leaves, _kinds(probe))
+    return _gather(spec, dtype, ids, leaves, probe), (ids, leaves, kinds_of(probe))
 
 
 def _gather_backward(spec: MatmulSpec, dtype: jnp.dtype, saved, dy: jax.Array):

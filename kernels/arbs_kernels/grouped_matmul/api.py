@@ -1,4 +1,4 @@
-"""`y = x W_e^T`, its input gradient and its score, where consecutive runs of rows belong to experts `e`.
+"""`y = x W_e^T`, its gradients and its score, where consecutive runs of rows belong to experts `e`.
 
 `group_sizes int32 (X,)` says how many rows each of the X experts has, in order; they are not negative. Rows past their
 sum belong to no expert: their results are 0 and they vote for nothing. Where the sum exceeds M, the rows that are there
@@ -138,16 +138,45 @@ def grouped_score(
     return run(x, dy, group_sizes, trits, group_size=group_size)
 
 
+def grouped_weight_gradient(
+    x: jax.Array, dy: jax.Array, group_sizes: jax.Array, *, dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
+    """`dW = dy^T x` of every expert over its own rows; 0 for an expert without rows. XLA only.
+
+    Args:
+        x: activations `(M, K)`, float32 or bfloat16.
+        dy: cotangent of the outputs `(M, N)`, same dtype as `x`.
+        group_sizes: `int32 (X,)`, rows of each expert.
+        dtype: of the result; sums are float32.
+
+    Returns:
+        `(X, N, K)` in `dtype`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    operator = "grouped_weight_gradient"
+    check_activations(operator, "x", x, x.shape[-1])
+    check_activations(operator, "dy", dy, dy.shape[-1])
+    check_pair(operator, x, dy)
+    _check_sizes(operator, group_sizes)
+    return reference.weight_gradients(x, dy, group_sizes, dtype=dtype)
+
+
 def _one_expert(operator: str, group_sizes: jax.Array, trits: jax.Array) -> jax.Array:
     """The trits of one expert when the numbers of experts agree: a shape and a dtype only, for checks."""
-    if group_sizes.ndim != 1 or group_sizes.dtype != jnp.int32:
-        raise ValueError(f"{operator}: group_sizes must be int32 (X,), got {group_sizes.dtype} {group_sizes.shape}")
+    _check_sizes(operator, group_sizes)
     if trits.ndim != 3 or trits.shape[0] != group_sizes.shape[0] or trits.shape[0] < 1:
         raise ValueError(
             f"{operator}: trits must be uint8 (X, N, P) with an expert for each of the {group_sizes.shape[0]} "
             f"group_sizes, got {trits.dtype} {trits.shape}"
         )
     return cast(jax.Array, jax.ShapeDtypeStruct(trits.shape[1:], trits.dtype))
+
+
+def _check_sizes(operator: str, group_sizes: jax.Array) -> None:
+    if group_sizes.ndim != 1 or group_sizes.dtype != jnp.int32:
+        raise ValueError(f"{operator}: group_sizes must be int32 (X,), got {group_sizes.dtype} {group_sizes.shape}")
 
 
 def _of_one(operator: str, name: str, array: jax.Array, trits: jax.Array) -> jax.Array:

@@ -97,19 +97,39 @@ def input_gradient(
 
 def score(x: jax.Array, dy: jax.Array, group_sizes: jax.Array, trits: jax.Array, *, group_size: int) -> jax.Array:
     """See `api.grouped_score`: one expert's dW at a time, in float32, summed over its blocks."""
+    scores = jnp.zeros((*trits.shape[:2], group_count(x.shape[1], group_size)), jnp.int32)
+
+    def score_of(dw: jax.Array, expert: jax.Array) -> jax.Array:
+        return score_of_gradient(dw, trits[expert], group_size=group_size)
+
+    return _of_gradients(x, dy, group_sizes, scores, score_of)
+
+
+def weight_gradients(x: jax.Array, dy: jax.Array, group_sizes: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+    """See `api.grouped_weight_gradient`: one expert's sum at a time, in float32."""
+    gradients = jnp.zeros((group_sizes.shape[0], dy.shape[1], x.shape[1]), dtype)
+    return _of_gradients(x, dy, group_sizes, gradients, lambda dw, expert: dw.astype(dtype))
+
+
+def _of_gradients(
+    x: jax.Array,
+    dy: jax.Array,
+    group_sizes: jax.Array,
+    result: jax.Array,
+    entry: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """`result` (X, ...) with `entry(dW, expert)` of every expert that has rows."""
     size = max(1, min(BLOCK, x.shape[0]))
     blocks = _blocks(group_sizes, x.shape[0], size)
     padded_x, padded_dy = _padded(x, size), _padded(dy, size)
-    out_features, in_features = dy.shape[1], x.shape[1]
 
     def step(block: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        dw, scores = carry
+        dw, result = carry
         expert, row, inside, is_first = blocks.at(block, size)
         new = weight_gradient(_block_of(padded_x, row, inside), _block_of(padded_dy, row, inside))
         dw = jnp.where(is_first, new, dw + new)
         # Of an expert's blocks the last one writes what stays.
-        return dw, scores.at[expert].set(score_of_gradient(dw, trits[expert], group_size=group_size))
+        return dw, result.at[expert].set(entry(dw, expert))
 
-    zeros = jnp.zeros((out_features, in_features), jnp.float32)
-    scores = jnp.zeros((*trits.shape[:2], group_count(in_features, group_size)), jnp.int32)
-    return jax.lax.fori_loop(jnp.int32(0), blocks.end_block[-1], step, (zeros, scores))[1]
+    zeros = jnp.zeros((dy.shape[1], x.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(jnp.int32(0), blocks.end_block[-1], step, (zeros, result))[1]
