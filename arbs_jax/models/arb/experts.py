@@ -1,4 +1,4 @@
-"""A mixture of experts without a capacity: every position reaches the `top_k` experts it chose, whoever else chose them.
+"""A mixture of experts without a capacity: every position reaches the `top_k` experts that it chose.
 
 Positions are sorted by expert and each expert multiplies its own run of rows (`arbs_kernels.grouped_matmul`). Axes: M
 positions of all sequences, D width, X experts, K choices of a position.

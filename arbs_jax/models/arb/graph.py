@@ -44,7 +44,7 @@ def message_band(config: GraphConfig, edges: Edges, ids_BxS: jax.Array) -> jax.A
         int8 (B, N, L, 2L) with `L = min(lookback, S)`: entry `(b, n, l, q)` is the weight with which position
         `n L + l` hears position `(n - 1) L + q`.
     """
-    batch, length = ids_BxS.shape
+    length = ids_BxS.shape[1]
     block = min(config.lookback, length)
     ids_BxNxL = _blocks(ids_BxS.astype(jnp.int32), block, fill=-1)
     count = ids_BxNxL.shape[1]
@@ -73,7 +73,7 @@ def gather_messages(band_BxNxLxQ: jax.Array, messages_BxSxD: jax.Array) -> jax.A
 
 
 def agreements(messages_BxSxD: jax.Array, x_BxSxD: jax.Array, window: int) -> jax.Array:
-    """Whether the message of the position `1 + w` before points the way of a position's own vector, for `observe_edges`.
+    """Whether the message of the position `1 + w` before points the way of a position's own vector.
 
     Returns:
         int8 (B, S, window), the sign of the inner product; 0 where there is no such position. Not differentiated.
