@@ -8,6 +8,7 @@ blocks of the band: N blocks of L = `lookback` positions, which see Q = 2L posit
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -72,25 +73,40 @@ def gather_messages(band_BxNxLxQ: jax.Array, messages_BxSxD: jax.Array) -> jax.A
     return heard_BxNxLxD.reshape(batch, -1, width)[:, :length].astype(messages_BxSxD.dtype)
 
 
-def agreements(messages_BxSxD: jax.Array, x_BxSxD: jax.Array, window: int) -> jax.Array:
+def agreements(messages_BxPxD: jax.Array, x_BxSxD: jax.Array, window: int) -> jax.Array:
     """Whether the message of the position `1 + w` before points the way of a position's own vector.
 
+    `messages` may begin earlier than `x`: the last S of P positions are those of `x`.
+
     Returns:
-        int8 (B, S, window), the sign of the inner product; 0 where there is no such position. Not differentiated.
+        int8 (B, S, window) for `observe_edges`, the sign of the inner product; 0 where there is no such position. Not
+        differentiated.
     """
-    length = x_BxSxD.shape[1]
-    messages = jax.lax.stop_gradient(messages_BxSxD).astype(jnp.float32)
+    length, earlier = x_BxSxD.shape[1], messages_BxPxD.shape[1] - x_BxSxD.shape[1]
+    messages = jax.lax.stop_gradient(messages_BxPxD).astype(jnp.float32)
     own = jax.lax.stop_gradient(x_BxSxD).astype(jnp.float32)
-    padded = jnp.pad(messages, ((0, 0), (window, 0), (0, 0)))
+    padded = jnp.pad(messages, ((0, 0), (window, 0), (0, 0)))[:, earlier:]
     inner = [jnp.sum(padded[:, window - offset :][:, :length] * own, axis=-1) for offset in range(1, window + 1)]
     return jnp.sign(jnp.stack(inner, axis=-1)).astype(jnp.int8)
 
 
+class Heard(NamedTuple):
+    """What message passing makes of positions."""
+
+    update_BxSxD: jax.Array
+    """In the dtype of the input."""
+    agreement_BxSxW: jax.Array
+    """int8, see `agreements`."""
+    messages_BxLxD: jax.Array
+    """Messages of the last `lookback` positions (or of all, if fewer), which those after them may hear."""
+
+
 class MessagePassing(nn.Module):
-    """Normalised positions to `(update (B, S, D), agreement int8 (B, S, W))`.
+    """Normalised positions to `Heard`.
 
     A message is a projection of its sender. What a position hears is summed over its edges with their signs,
-    normalised, joined by a projection of its context, and projected.
+    normalised, joined by a projection of its context, and projected. With `earlier` messages, those of positions before
+    the first, the band is that of all positions.
     """
 
     config: GraphConfig
@@ -98,17 +114,28 @@ class MessagePassing(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxSxD: jax.Array, band_BxNxLxQ: jax.Array, context_BxSxD: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        def project(name: str, source: jax.Array) -> jax.Array:
-            return TernaryDense(features=x_BxSxD.shape[-1], config=self.ternary, name=name)(source)
+        self,
+        x_BxSxD: jax.Array,
+        band_BxNxLxQ: jax.Array,
+        context_BxSxD: jax.Array | None = None,
+        earlier_BxLxD: jax.Array | None = None,
+    ) -> Heard:
+        length, width = x_BxSxD.shape[1:]
 
-        messages_BxSxD = project("message_proj", x_BxSxD)
-        heard_BxSxD = TernaryRMSNorm()(gather_messages(band_BxNxLxQ, messages_BxSxD))
+        def project(name: str, source: jax.Array) -> jax.Array:
+            return TernaryDense(features=width, config=self.ternary, name=name)(source)
+
+        messages = project("message_proj", x_BxSxD)
+        if earlier_BxLxD is not None:
+            messages = jnp.concatenate([earlier_BxLxD.astype(messages.dtype), messages], axis=1)
+        heard_BxSxD = TernaryRMSNorm()(gather_messages(band_BxNxLxQ, messages)[:, -length:])
         if context_BxSxD is not None:
             heard_BxSxD = heard_BxSxD + project("context_proj", TernaryRMSNorm()(context_BxSxD))
-        agreement_BxSxW = agreements(messages_BxSxD, x_BxSxD, self.config.edges.window)
-        return project("o_proj", heard_BxSxD), agreement_BxSxW
+        return Heard(
+            project("o_proj", heard_BxSxD),
+            agreements(messages, x_BxSxD, self.config.edges.window),
+            messages[:, -self.config.lookback :],
+        )
 
 
 def _next_same(ids_BxS: jax.Array) -> jax.Array:

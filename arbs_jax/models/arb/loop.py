@@ -9,7 +9,8 @@ system that forgets at its own pace and cannot lose its input. They are computed
 model's only floats. How long a position runs is adaptive computation time (Graves, 2016, arXiv:1603.08983): after each
 iteration a halting unit says with what probability this was the last; a position halts once these sum to `halt`, what
 is left to 1 is its last iteration's, and its result is the mean of its iterations weighted so. Positions that have
-halted stay as they are; others may still hear them. Axes: B batch, S positions, D width, X experts, W offsets.
+halted stay as they are; others may still hear them. Axes: B batch, S positions, D width, X experts, W offsets, L
+positions of history, I iterations.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from arbs_jax.layers import COLLECTION, DENSE, PROBES, SPECS, TernaryConfig, Ter
 from arbs_jax.models.arb.edges import Edges
 from arbs_jax.models.arb.experts import Experts, ExpertsConfig
 from arbs_jax.models.arb.graph import GraphConfig, MessagePassing, message_band
+
+History = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -132,13 +135,15 @@ class _Iteration(nn.Module):
         entered_BxSxD: jax.Array,
         band: jax.Array | None,
         context_BxSxD: jax.Array | None,
-    ) -> tuple[_Carry, None]:
+        earlier_BxLxD: jax.Array | None,
+    ) -> tuple[_Carry, jax.Array | None]:
         config, before, active = self.config, carry.x_BxSxD, carry.active_BxS
-        update = jnp.zeros_like(before)
+        update, messages = jnp.zeros_like(before), None
         if config.graph is not None and band is not None:
             graph = MessagePassing(config.graph, self.ternary, name="graph")
-            update, agreement = graph(TernaryRMSNorm()(before), band, context_BxSxD)
+            update, agreement, latest = graph(TernaryRMSNorm()(before), band, context_BxSxD, earlier_BxLxD)
             carry = carry._replace(agreement_BxSxW=jnp.where(active[..., None], agreement, carry.agreement_BxSxW))
+            messages = latest if earlier_BxLxD is not None else None
         if config.experts is not None:
             experts = Experts(config.experts, self.ternary, name="experts")
             made = experts(TernaryRMSNorm()(before + update), context_BxSxD, active)
@@ -150,7 +155,7 @@ class _Iteration(nn.Module):
         keep_D = injection(before.shape[-1], config.retain)
         mixed = before.astype(jnp.float32) * keep_D + entered_BxSxD.astype(jnp.float32) * (1 - keep_D)
         after = (mixed + update.astype(jnp.float32)).astype(before.dtype)
-        return self._halt(carry, jnp.where(active[..., None], after, before), last), None
+        return self._halt(carry, jnp.where(active[..., None], after, before), last), messages
 
     def _halt(self, carry: _Carry, x_BxSxD: jax.Array, last: jax.Array) -> _Carry:
         unit = TernaryDense(features=1, table=True, config=self.ternary, name="halting")
@@ -171,7 +176,7 @@ class _Iteration(nn.Module):
 
 
 class MoEGraph(nn.Module):
-    """Positions and their motifs to `LoopOutput`.
+    """Positions and their motifs to `LoopOutput`; with a history, to that and the history after these positions.
 
     State tree: `loop/graph`, `loop/experts` and `loop/halting`, each used, and voting, once an iteration.
     """
@@ -186,33 +191,42 @@ class MoEGraph(nn.Module):
         motif_ids_BxS: jax.Array,
         edges: Edges | None,
         context_BxSxD: jax.Array | None = None,
-    ) -> LoopOutput:
-        """Args:
+        history: History | None = None,
+    ):
+        """One pass.
+
+        Args:
             x_BxSxD: what enters the loop, float32 or bfloat16.
             motif_ids_BxS: int32, see `EdgeConfig.motifs`.
             edges: integer state; read only with a graph.
             context_BxSxD: what conditions messages and routing, such as a reading of the ledger.
+            history: see `empty_history`; for decoding a few positions at a time, with edges that stay as they are.
 
         Raises:
             ConfigError: there is a graph but no edges.
         """
-        config = self.config
-        band = None
+        config, band = self.config, None
         if config.graph is not None:
             if edges is None:
                 raise ConfigError("loop.graph is on and edges are None; pass edges (`empty_edges`) or turn it off")
+            if history is not None:
+                motif_ids_BxS = jnp.concatenate([history["ids"], motif_ids_BxS.astype(jnp.int32)], axis=1)
             band = message_band(config.graph, edges, motif_ids_BxS)
         body = nn.remat(_Iteration, prevent_cse=False) if config.remat else _Iteration
         loop = nn.scan(
             body,
             variable_broadcast=(COLLECTION, PROBES, DENSE, SPECS),
             split_rngs={"params": False},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=config.max_iters,
         )(config, self.ternary, name="loop")
         last = jnp.arange(config.max_iters, dtype=jnp.int32) == config.max_iters - 1
-        carry, _ = loop(self._start(x_BxSxD), last, x_BxSxD, band, context_BxSxD)
-        return _output(carry, x_BxSxD.dtype)
+        earlier = None if history is None else history["messages"]
+        carry, messages = loop(self._start(x_BxSxD), last, x_BxSxD, band, context_BxSxD, earlier)
+        output = _output(carry, x_BxSxD.dtype)
+        if history is None:
+            return output
+        return output, {"ids": motif_ids_BxS[:, -history["ids"].shape[1] :], "messages": messages}
 
     def _start(self, x_BxSxD: jax.Array) -> _Carry:
         graph, experts = self.config.graph, self.config.experts
@@ -245,3 +259,22 @@ def _output(carry: _Carry, dtype: jnp.dtype) -> LoopOutput:
         balance=carry.balance / runs,
         halting_cost=jnp.mean(carry.ponder_BxS),
     )
+
+
+def empty_history(config: LoopConfig, batch: int, width: int, dtype: jnp.dtype) -> History:
+    """What positions to come may hear of those before them: nothing yet.
+
+    Returns:
+        `ids` int32 (B, L), motifs of the last `lookback` positions, -1 for none; `messages` (I, B, L, D), what they
+        said in each iteration.
+
+    Raises:
+        ConfigError: there is no graph; positions then do not hear each other, and need no history.
+    """
+    if config.graph is None:
+        raise ConfigError("loop.graph is None, so there is no history to keep; pass history=None")
+    positions = (batch, config.graph.lookback)
+    return {
+        "ids": jnp.full(positions, -1, jnp.int32),
+        "messages": jnp.zeros((config.max_iters, *positions, width), dtype),
+    }

@@ -57,7 +57,7 @@ def heard_by_hand(weights, ids, lookback):
     return signs
 
 
-@pytest.mark.parametrize("lookback", [1, 4, 64])
+@pytest.mark.parametrize("lookback", [4, 64])
 def test_each_position_hears_the_latest_of_each_source(known, lookback):
     config, edges, weights = known
     band = band_of(GraphConfig(config, lookback), edges, jnp.asarray(IDS))
