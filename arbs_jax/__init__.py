@@ -2,7 +2,7 @@
 
 from arbs_jax.layers import TernaryConfig, TernaryDense, TernaryEmbed, TernaryExperts, TernaryRMSNorm, TernaryTable
 from arbs_jax.rules import BigInt, Integral, Latent
-from arbs_jax.votes import make_probes, matrix_specs, update, value_and_votes
+from arbs_jax.votes import add_votes, make_probes, matrix_specs, update, value_and_votes
 
 __all__ = [
     "BigInt",
@@ -14,6 +14,7 @@ __all__ = [
     "TernaryExperts",
     "TernaryRMSNorm",
     "TernaryTable",
+    "add_votes",
     "make_probes",
     "matrix_specs",
     "update",

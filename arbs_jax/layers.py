@@ -22,6 +22,8 @@ COLLECTION = "ternary"
 PROBES = "probes"
 DENSE = "dense"
 SPECS = "ternary_spec"
+MEMORY = "memory"
+"""Bookkeeping that is no weight, integers; not read by the layers here."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """From a loss over a Linen model to integer votes, and from votes to the next state: the five-line training loop."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from arbs_jax import tables
 from arbs_jax.layers import COLLECTION, PROBES, SPECS
 from arbs_jax.rules import Rule
 from arbs_jax.state import MatrixSpec, Tree, flatten_specs, map_matrices
@@ -60,7 +62,7 @@ def make_probes(
 
 
 def value_and_votes(
-    loss: Callable[..., jax.Array], rule: Rule, specs: Tree
+    loss: Callable[..., jax.Array], rule: Rule, specs: Tree, lookups: Mapping[str, int] | None = None
 ) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
     """Like `jax.value_and_grad`, with integer votes for gradients.
 
@@ -68,11 +70,12 @@ def value_and_votes(
         loss: `loss(variables, *args) -> scalar`, with `variables` to hand to `model.apply`.
         rule: says what to collect.
         specs: `matrix_specs(model, ...)`.
+        lookups: rows that one call looks up in each sparse table, by its path.
 
     Returns:
         `function(ternary, *args, key=None) -> (loss, votes)`; `votes` is nested like `ternary` and adds up exactly over
-        micro-batches and devices. `key` seeds the rules that sample (another one for every vote); it is not needed for
-        rules that vote by score.
+        micro-batches and devices (`add_votes`). `key` seeds the rules that sample (another one for every vote); it is
+        not needed for rules that vote by score.
     """
     by_path = flatten_specs(specs)
 
@@ -82,15 +85,53 @@ def value_and_votes(
         def with_probes(probes: Any) -> jax.Array:
             return loss({COLLECTION: ternary, PROBES: probes}, *args)
 
-        value, collected = jax.value_and_grad(with_probes)(make_probes(ternary, specs, rule))
+        value, collected = jax.value_and_grad(with_probes)(make_probes(ternary, specs, rule, lookups=lookups))
         votes = map_matrices(
-            lambda path, matrix, found: rule.vote(found, matrix, by_path[path], matrix_key(base, path)),
+            lambda path, matrix, found: matrix_vote(rule, by_path[path], matrix, found, matrix_key(base, path)),
             ternary,
             collected,
         )
         return value, votes
 
     return run
+
+
+def add_votes(rule: Rule, specs: Tree, *votes: Tree) -> Any:
+    """The sum of several votes, each nested like `specs`: exact, and the same in any order but for sparse tables, whose
+    rows are laid side by side in the order given and added when they move."""
+    by_path = flatten_specs(specs)
+
+    def add(path: str, nodes: tuple[Any, ...]) -> Any:
+        if path in by_path:
+            return tables.beside(rule, *nodes) if by_path[path].sparse else jax.tree.map(lambda *v: sum(v), *nodes)
+        return {name: add(f"{path}/{name}" if path else name, tuple(node[name] for node in nodes)) for name in nodes[0]}
+
+    return add("", votes)
+
+
+def matrix_vote(rule: Rule, spec: MatrixSpec, matrix: Any, collected: Any, key: jax.Array) -> Any:
+    """The vote of one pass on what stands at one path: a matrix, a sparse table, or the matrices of experts."""
+    if spec.sparse:
+        return tables.cast(rule, collected, matrix, spec, key)
+    return each_expert(
+        lambda single, own, *nodes: rule.vote(nodes[1], nodes[0], single, own), spec, key, matrix, collected
+    )
+
+
+def each_expert(function: Callable[..., Any], spec: MatrixSpec, keys: Any, matrix: Any, *nodes: Any) -> Any:
+    """`function(spec, keys, matrix, *nodes)`; where the matrix is that of experts, mapped over all leading axes, with
+    the spec of one and keys (a tree of them) of its own."""
+    if not spec.experts:
+        return function(spec, keys, matrix, *nodes)
+
+    def mapped(axes: int, keys: Any, *nodes: Any) -> Any:
+        if not axes:
+            return function(spec.single, keys, *nodes)
+        numbers = jnp.arange(jax.tree.leaves(nodes)[0].shape[0], dtype=jnp.int32)
+        own = jax.tree.map(lambda key: jax.vmap(partial(jax.random.fold_in, key))(numbers), keys)
+        return jax.vmap(partial(mapped, axes - 1))(own, *nodes)
+
+    return mapped(matrix["votes"].ndim, keys, matrix, *nodes)
 
 
 def update(rule: Rule, specs: Tree, ternary: Tree, votes: Tree, step: jax.Array | int, key: jax.Array | None = None):
@@ -101,11 +142,16 @@ def update(rule: Rule, specs: Tree, ternary: Tree, votes: Tree, step: jax.Array 
     by_path = flatten_specs(specs)
     base = jax.random.key(0) if key is None else key
     at = jnp.asarray(step, jnp.int32)
-    return map_matrices(
-        lambda path, matrix, cast: rule.update(dict(matrix), cast, by_path[path], at, matrix_key(base, path)),
-        ternary,
-        votes,
-    )
+
+    def moved(path: str, matrix: Any, cast: Any) -> Any:
+        spec, own = by_path[path], matrix_key(base, path)
+        if spec.sparse:
+            return tables.move(rule, matrix, cast, spec, at, own)[0]
+        return each_expert(
+            lambda single, key, *nodes: rule.update(dict(nodes[0]), nodes[1], single, at, key), spec, own, matrix, cast
+        )
+
+    return map_matrices(moved, ternary, votes)
 
 
 def matrix_key(key: jax.Array, path: str) -> jax.Array:
@@ -119,12 +165,16 @@ def matrix_key(key: jax.Array, path: str) -> jax.Array:
 def decode_tree(ternary: Tree, specs: Tree, rule: Rule, dtype: jnp.dtype) -> Any:
     """Effective weights of every matrix for the collection "dense": each matrix's node becomes `{"weight": (N, K)}`.
 
-    For inference where memory allows: the weights are decoded once in place of once a call.
+    For inference where memory allows: the weights are decoded once in place of once a call. Sparse tables and experts,
+    of which a call reads some rows and some matrices, stay packed: their nodes are empty, and the model finds them in
+    the collection "ternary", to be given beside this one.
     """
     by_path = flatten_specs(specs)
 
     def weight(path: str, matrix: Any) -> dict[str, jax.Array]:
         spec = by_path[path]
+        if spec.sparse or spec.experts:
+            return {}
         scale = rule.scale(matrix, spec.group_size)
         return {"weight": decode(matrix["trits"], scale, spec.in_features, spec.group_size, dtype)}
 

@@ -142,7 +142,7 @@ def _restore(path: Path, args: Train, program: Program, inputs: Inputs) -> Resum
             f"{str(was)[:12]} saved, {now[:12]} now; give the same text, or start another run"
         )
     shapes: Any = program.init_state() if args.merge else program.abstract_state
-    wanted = {"ternary": shapes.ternary, "step": shapes.step, "halted": shapes.halted}
+    wanted = shapes.persistent()
     try:
         tree, report = resume_tree(saved, to_host(wanted) if args.merge else wanted, merge=args.merge)
     except CheckpointError as error:

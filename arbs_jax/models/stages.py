@@ -4,8 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
+from arbs_jax.errors import ConfigError
+
 Carry = Any
 Subtrees = dict[str, Any]
+Events = Any
+"""Integer pytree: what happened in a micro-batch, for bookkeeping."""
+Observe = Callable[[Subtrees, Subtrees, Events, jax.Array, jax.Array], tuple[Subtrees, Subtrees]]
 
 
 @dataclass(frozen=True)
@@ -14,7 +21,11 @@ class Stage:
 
     `apply(variables, carry, batch) -> carry` with `variables["ternary"]` (and "probes") holding the subtrees named by
     `keys`; a stacked stage sees one layer of its only subtree at a time. The first stage gets the carry None; the last
-    returns the mean loss of its micro-batch, float32 ().
+    returns the mean loss of its micro-batch, float32 (), or `(loss, terms)` with float32 () by name: terms are shown as
+    metrics, only the loss is differentiated.
+
+    Raises:
+        ConfigError: a stacked stage that observes.
     """
 
     keys: tuple[str, ...]
@@ -23,3 +34,18 @@ class Stage:
     """The stage as a pure function."""
     stacked: bool = False
     """Whether the subtree has a leading layer axis, over which the stage is repeated."""
+    lookups: Callable[[Any], dict[str, int]] | None = None
+    """From a micro-batch (or its shapes) to the rows that the stage looks up in each of its sparse tables, by path."""
+    memory: tuple[str, ...] = ()
+    """Parts of the bookkeeping memory that the stage reads, as `variables["memory"][name]`, and may observe."""
+    observe: Observe | None = None
+    """`(subtrees, memory, events, step, key) -> (subtrees, memory)`, integers in and out. With it `apply` returns
+    `(carry, events)`; once a step, after all matrices have moved, it sees the events of all micro-batches, stacked in
+    their global order. It may replace rows of the stage's tables. Nothing of it is differentiated, and it does not run
+    where the step is blocked. `key` is of the run and stage, `step` int32 () the updates before this one."""
+
+    def __post_init__(self) -> None:
+        if self.stacked and self.observe is not None:
+            raise ConfigError(
+                f"a stacked stage cannot observe, got stacked=True with keys={self.keys}; observe in another"
+            )

@@ -25,6 +25,17 @@ class Rule(Protocol):
         """What backward collects for this rule: "score" or "gradient" (`arbs_kernels.autodiff`)."""
         ...
 
+    @property
+    def row_leaves(self) -> tuple[str, ...]:
+        """Leaves with an entry for every row, on the last axis but one or the only one (some may be absent): what a
+        step on a few rows of a table takes out and puts back. The others are of the whole table."""
+        ...
+
+    @property
+    def row_votes(self) -> tuple[str, ...]:
+        """Entries of a vote whose first axis is that of the rows; the others are of the whole matrix."""
+        ...
+
     def init(self, key: jax.Array, matrix: Matrix, spec: MatrixSpec) -> Matrix:
         """The four base leaves, with the rule's own integer leaves added."""
         ...
@@ -36,7 +47,8 @@ class Rule(Protocol):
     def vote(self, collected: Votes, matrix: Matrix, spec: MatrixSpec, key: jax.Array) -> Votes:
         """Turns what one backward contribution collected (float32) into integers that add exactly.
 
-        `key` is of this contribution alone: of the run, matrix, step, micro-batch and shard.
+        `key` is of this contribution alone: of the run, matrix, step, micro-batch and shard. Of a sparse table it sees
+        the rows that were looked up, and where some of them are padding also `touched` bool (N,): which are not.
         """
         ...
 
@@ -44,6 +56,8 @@ class Rule(Protocol):
         """The state after these summed votes.
 
         `step` is int32 (), the number of updates before this one; `key` is of the run and matrix, the same every step.
+        Of a sparse table it sees the rows that a step touches, and `touched` int32 (N,) among the votes: how many of
+        `count` votes touched each of them; what becomes of a row with 0 is not kept.
         """
         ...
 

@@ -19,6 +19,8 @@ class BigInt:
     """Shift, in powers of two, when every vote so far agreed on every column."""
 
     probe = "score"
+    row_leaves = ("trits", "exponent", "corr")
+    row_votes = ("score",)
 
     def __post_init__(self) -> None:
         if not self.strength > 0:

@@ -31,6 +31,8 @@ class Integral:
     """`f`: resolution of the log2-scale."""
 
     probe = "score"
+    row_leaves = ("trits", "exponent", "corr")
+    row_votes = ("score",)
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate <= 8:

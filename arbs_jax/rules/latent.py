@@ -12,6 +12,9 @@ One step of one matrix, with `v` the latent (`arbs_kernels.latents`), `g` the gr
 
 What a vote carries is integers only, so votes of micro-batches and shards add exactly: `u` as an int8 sample, the logs
 of the row and column moments, the score. Floats live inside the update of one matrix.
+
+A step on some rows of a sparse table is a step of the matrix of those rows. A row moves by the mean of the votes that
+touched it, without low-rank momentum, which would be of the whole table.
 """
 
 from collections.abc import Mapping
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.rules import planes
@@ -42,6 +46,8 @@ _SCORE_STEPS = 256
 _LOG_STEPS = 16
 """Steps per power of two of the stored moments."""
 _TINY = 1e-30
+_UNTOUCHED = np.iinfo(np.int16).min
+"""Row moment of a sparse table's row that no vote has touched: its first vote's is taken as it is."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ class Latent:
     """Of the sample, the direction and their products: "float32" or "bfloat16"."""
 
     probe = "gradient"
+    row_leaves = ("trits", "exponent", "corr", "residual", "momentum", "row_moment")
+    row_votes = ("score", "sample", "rows")
 
     implementation: str | None = None
     """Of the operator that moves the latents, None for the best that works."""
@@ -91,19 +99,18 @@ class Latent:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"rule.{name} must be in [0, 1], got {getattr(self, name)}")
 
-    @property
-    def _momentum(self) -> Momentum:
+    def _momentum(self, spec: MatrixSpec) -> Momentum:
         if self.momentum == "low-rank":
-            return LowRankMomentum(self.rank_divisor)
+            return NoMomentum() if spec.sparse else LowRankMomentum(self.rank_divisor)
         return Int8Momentum() if self.momentum == "int8" else NoMomentum()
 
     def init(self, key: jax.Array, matrix: Matrix, spec: MatrixSpec) -> Matrix:
         """Redraws the trits as leading digits of fresh latents; adds `residual`, the momentum's leaves, and
         `row_moment` int16 (N,), `column_moment` int16 (K,)."""
         latents, momentum = jax.random.split(key)
-        fresh = matrix | planes.init(latents, spec, self.planes) | self._momentum.init(momentum, spec.shape)
+        fresh = matrix | planes.init(latents, spec, self.planes) | self._momentum(spec).init(momentum, spec.shape)
         if self.moment_decay:
-            fresh["row_moment"] = jnp.zeros((spec.out_features,), jnp.int16)
+            fresh["row_moment"] = jnp.full((spec.out_features,), _UNTOUCHED if spec.sparse else 0, jnp.int16)
             fresh["column_moment"] = jnp.zeros((spec.in_features,), jnp.int16)
         return fresh
 
@@ -118,10 +125,11 @@ class Latent:
         squares = jnp.square(g)
         rows, columns = jnp.mean(squares, axis=1), jnp.mean(squares, axis=0)
         usable = (jnp.mean(rows) > 0) & jnp.isfinite(jnp.mean(rows))
-        u = jnp.clip(g * _inverse_rms(rows, columns), -_CLIP, _CLIP)
+        u = jnp.clip(g * _inverse_rms(rows, columns, spec), -_CLIP, _CLIP)
         sample = jnp.floor(u * _SAMPLE_STEPS + white(salt_of(key), 0, jnp.int32(0), spec.shape))
         agreement = group_sum(g * unpack_rows(matrix["trits"], spec.in_features), spec.group_size)
-        score = jnp.clip(agreement * jax.lax.rsqrt(jnp.mean(jnp.square(agreement)) + _TINY), -_CLIP, _CLIP)
+        mean = _mean_of_touched(jnp.square(agreement), collected)
+        score = jnp.clip(agreement * jax.lax.rsqrt(mean + _TINY), -_CLIP, _CLIP)
         cast = {
             "sample": sample,
             "rows": _LOG_STEPS * jnp.log2(rows + _TINY),
@@ -137,7 +145,7 @@ class Latent:
         multiplier = self.schedule.multiplier(step)
         peak = jnp.asarray(round(self.scale_rate * 2**_FRACTION_BITS), jnp.int64)
         rate = (multiplier * peak) >> UNIT_BITS
-        pull = rate * votes["score"].astype(jnp.int64) // (count.astype(jnp.int64) * _SCORE_STEPS)
+        pull = rate * votes["score"].astype(jnp.int64) // (_taken(votes, count).astype(jnp.int64) * _SCORE_STEPS)
         moved = self._moved(matrix, votes, spec, step, salt_of(key))
         after = (
             matrix
@@ -158,23 +166,28 @@ class Latent:
     def _moved(self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, salt: jax.Array) -> Matrix:
         """Latents, momentum and moments after these votes."""
         count = jnp.maximum(votes["count"], 1).astype(jnp.float32)
-        u = votes["sample"].astype(jnp.float32) / (_SAMPLE_STEPS * count)
-        rows, columns = (votes[name].astype(jnp.float32) / count for name in ("rows", "columns"))
+        taken = _taken(votes, count)
+        u = votes["sample"].astype(jnp.float32) / (_SAMPLE_STEPS * taken)
+        rows = votes["rows"].astype(jnp.float32) / (taken[:, 0] if spec.sparse else taken)
+        columns = votes["columns"].astype(jnp.float32) / count
         moments: Matrix = {}
         if self.moment_decay:
             first = matrix["votes"] == 0
-            row_log = self._blend(matrix["row_moment"], rows, first)
+            row_log = self._blend(
+                matrix["row_moment"], rows, matrix["row_moment"] == _UNTOUCHED if spec.sparse else first
+            )
             column_log = self._blend(matrix["column_moment"], columns, first)
-            u = u * _inverse_rms(_unlog(row_log), _unlog(column_log)) / _inverse_rms(_unlog(rows), _unlog(columns))
+            u = u * _inverse_rms(_unlog(row_log), _unlog(column_log), spec)
+            u = u / _inverse_rms(_unlog(rows), _unlog(columns), spec)
             u = jnp.clip(u, -_CLIP, _CLIP)
             moments = {
                 "row_moment": _round_log(row_log, salt, 4, step),
                 "column_moment": _round_log(column_log, salt, 5, step),
             }
         u = u.astype(self.dtype)
-        d, kept = self._momentum.advance(dict(matrix), u, self.beta, self.mix, salt, step)
+        d, kept = self._momentum(spec).advance(dict(matrix), u, self.beta, self.mix, salt, step)
         d = d if spec.table else newton_schulz(d)
-        rms = jnp.sqrt(jnp.mean(jnp.square(d.astype(jnp.float32))) + _TINY)
+        rms = jnp.sqrt(_mean_of_touched(jnp.square(d.astype(jnp.float32)), votes) + _TINY)
         if self.cautious:
             d = jnp.where(d * u > 0, d, 0)
         rate = self.learning_rate * (self.table_rate if spec.table else 1.0)
@@ -208,12 +221,30 @@ def _round_log(log: jax.Array, salt: jax.Array, stream: int, step: jax.Array) ->
     return jnp.floor(log + white(salt, stream, step, (1, log.shape[0]))[0]).astype(jnp.int16)
 
 
-def _inverse_rms(rows: jax.Array, columns: jax.Array) -> jax.Array:
+def _taken(votes: Votes, count: jax.Array) -> jax.Array:
+    """Votes that a row took, at least 1, in the dtype of `count`, those of the matrix: all of them, or (N, 1) of a
+    sparse table, of whose rows a vote touches some."""
+    if "touched" not in votes:
+        return count
+    return jnp.maximum(votes["touched"], 1).astype(count.dtype)[:, None]
+
+
+def _mean_of_touched(values: jax.Array, found: Votes) -> jax.Array:
+    """Mean over all values (N, width), those of padding left out, which are zeros."""
+    mean = jnp.mean(values)
+    if "touched" not in found:
+        return mean
+    share = jnp.mean((found["touched"] > 0).astype(jnp.float32))
+    return mean / jnp.maximum(share, 0.5 / values.shape[0])
+
+
+def _inverse_rms(rows: jax.Array, columns: jax.Array, spec: MatrixSpec) -> jax.Array:
     """1/RMS of each element (N, K) from mean squares of rows (N,) and columns (K,).
 
     `row * column / mean` is the rank-one estimate of the elements' mean squares (Shazeer and Stern, 2018). Moments far
-    below the mean are lifted to 1e-8 of it, so that dead rows stay quiet.
+    below the mean are lifted to 1e-8 of it, so that dead rows stay quiet. The mean is that of the rows; of a sparse
+    table, of which there are some rows here and padding, that of the columns.
     """
-    mean = jnp.mean(rows) + _TINY
+    mean = jnp.mean(columns if spec.sparse else rows) + _TINY
     lifted_rows, lifted_columns = rows + 1e-8 * mean, columns + 1e-8 * mean
     return jax.lax.rsqrt(lifted_rows / mean)[:, None] * jax.lax.rsqrt(lifted_columns)[None, :]

@@ -7,20 +7,41 @@ every layer takes the votes of all of them before it moves, so accumulation cost
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from arbs_jax import tables
 from arbs_jax.errors import ConfigError
-from arbs_jax.layers import COLLECTION, PROBES
-from arbs_jax.models.stages import Carry, Stage, Subtrees
-from arbs_jax.rules import Rule
+from arbs_jax.layers import COLLECTION, MEMORY, PROBES
+from arbs_jax.models.stages import Carry, Events, Observe, Stage, Subtrees
+from arbs_jax.rules import Rule, Votes
 from arbs_jax.rules.base import Report, add_reports, empty_report
 from arbs_jax.state import MatrixSpec, flatten_specs, map_matrices
-from arbs_jax.votes import make_probes, matrix_key
+from arbs_jax.votes import each_expert, make_probes, matrix_key, matrix_vote
+
+RowVotes = dict[str, Votes]
+"""Votes on sparse tables by path."""
+
+
+class Swept(NamedTuple):
+    """What one step gives."""
+
+    ternary: Subtrees
+    """The integer state."""
+    loss: jax.Array
+    """Mean over micro-batches (and shards), float32 ()."""
+    moved: jax.Array
+    """Whether the state moved, bool ()."""
+    report: Report
+    """The rule's report summed over all matrices; of sparse tables over the rows that the step touched."""
+    memory: Subtrees
+    """The bookkeeping memory."""
+    terms: dict[str, jax.Array]
+    """Means of the last stage's terms, float32 ()."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +63,14 @@ class Sweep:
     """Mapped axis over which votes are summed and the loss averaged, under `shard_map` or `pmap`."""
 
     def __call__(
-        self, ternary: Subtrees, batch: Any, step: jax.Array, key: jax.Array, blocked: jax.Array
-    ) -> tuple[Subtrees, jax.Array, jax.Array, Report]:
+        self,
+        ternary: Subtrees,
+        batch: Any,
+        step: jax.Array,
+        key: jax.Array,
+        blocked: jax.Array,
+        memory: Subtrees | None = None,
+    ) -> Swept:
         """One step.
 
         Args:
@@ -51,33 +78,61 @@ class Sweep:
             batch: pytree whose leaves have a leading micro-batch axis A.
             step: int32 (), updates taken before this one.
             key: seeds the rules that sample and round; of this run, the same on every step and shard.
-            blocked: bool (); when true the state is returned unchanged.
+            blocked: bool (); when true state and memory are returned unchanged.
+            memory: bookkeeping, integer pytrees by name.
 
         Returns:
-            (state, mean loss float32 (), whether the state moved bool (), the rule's report summed over all matrices).
-            A loss that is not finite blocks the update.
+            See `Swept`. A loss that is not finite blocks the update.
 
         Raises:
-            ConfigError: `layers_at_once` does not divide the layers of a stack.
+            ConfigError: `layers_at_once` does not divide the layers of a stack, a stacked stage has a sparse table, or
+                a stage names memory that there is not.
         """
-        saved, loss = self._forward(ternary, batch)
+        memory = memory or {}
+        bound = replace(self, stages=tuple(_with_memory(stage, memory) for stage in self.stages))
+        saved, loss, events, terms = bound._forward(ternary, batch)
         if self.axis_name is not None:
-            loss = jax.lax.pmean(loss, self.axis_name)
+            loss, terms = jax.lax.pmean((loss, terms), self.axis_name)
         moves = jnp.isfinite(loss) & ~blocked
-        ternary, report = self._backward(ternary, saved, batch, step, key, moves)
-        return ternary, loss, moves, report
+        ternary, report = bound._backward(ternary, saved, batch, step, key, moves)
+        ternary, memory = self._observed(ternary, memory, events, step, key, moves)
+        return Swept(ternary, loss, moves, report, memory, terms)
 
-    def _forward(self, ternary: Subtrees, batch: Any) -> tuple[list[Any], jax.Array]:
+    def _forward(self, ternary: Subtrees, batch: Any) -> tuple[list[Any], jax.Array, list[Events], dict[str, Any]]:
+        """(what backward needs of every stage, the loss, the events of every stage stacked over A, the terms)."""
         carry: Carry = None
-        saved = []
+        saved, events, terms = [], [], {}
         for stage in self.stages:
             subtrees = {name: ternary[name] for name in stage.keys}
             if stage.stacked:
                 carry, kept = self._stacked_forward(stage, ternary[stage.keys[0]], carry, batch)
+                events.append({})
             else:
-                carry, kept = self._micro_forward(stage, subtrees, carry, batch)
+                carry, (kept, seen, terms) = self._micro_forward(stage, subtrees, carry, batch)
+                events.append(seen)
             saved.append(kept)
-        return saved, jnp.mean(carry)
+        return saved, jnp.mean(carry), events, jax.tree.map(jnp.mean, terms)
+
+    def _observed(
+        self,
+        ternary: Subtrees,
+        memory: Subtrees,
+        events: list[Events],
+        step: jax.Array,
+        key: jax.Array,
+        moves: jax.Array,
+    ) -> tuple[Subtrees, Subtrees]:
+        """State and memory after every stage has observed what happened, where the step moves."""
+        for position, stage in enumerate(self.stages):
+            if stage.observe is None:
+                continue
+            # Apart from the keys of votes and those of layers.
+            own = jax.random.fold_in(key, 2**31 + 2**30 + position)
+            observe = partial(_observe, stage.observe, self._gathered(events[position]), step, own)
+            parts = {name: ternary[name] for name in stage.keys}, {name: memory[name] for name in stage.memory}
+            subtrees, kept = jax.lax.cond(moves, observe, lambda *parts: parts, *parts)
+            ternary, memory = ternary | subtrees, memory | kept
+        return ternary, memory
 
     def _stacked_forward(
         self, stage: Stage, stack: Any, carry: Carry, batch: Any
@@ -96,7 +151,7 @@ class Sweep:
         def layer(carry: Carry, index: jax.Array) -> tuple[Carry, list[jax.Array]]:
             nonlocal places, structure
             subtree = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
-            carry, kept = self._micro_forward(stage, {name: subtree}, carry, batch)
+            carry, (kept, _, _) = self._micro_forward(stage, {name: subtree}, carry, batch)
             leaves, structure = jax.tree.flatten(kept)
             distinct = list({id(leaf): leaf for leaf in leaves}.values())
             places = [next(at for at, leaf in enumerate(distinct) if leaf is own) for own in leaves]
@@ -130,6 +185,7 @@ class Sweep:
         micro = jax.tree.leaves(batch)[0].shape[0]
         cotangent: Carry = jnp.ones((micro,), jnp.float32)
         pending: dict[str, Any] = {}
+        waiting: RowVotes = {}
         for position in reversed(range(len(self.stages))):
             stage = self.stages[position]
             if stage.stacked:
@@ -141,7 +197,10 @@ class Sweep:
             subtrees = {name: ternary[name] for name in stage.keys}
             # A matrix that two stages read votes in each, with random bits of its own.
             stage_key = jax.random.fold_in(key, 2**31 + position)
-            cotangent, votes = self._micro_backward(stage, subtrees, saved[position], cotangent, batch, step, stage_key)
+            cotangent, votes, rows = self._micro_backward(
+                stage, subtrees, saved[position], cotangent, batch, step, stage_key
+            )
+            waiting |= {path: tables.beside(self.rule, waiting.get(path, {}), vote) for path, vote in rows.items()}
             for name in stage.keys:
                 total = jax.tree.map(jnp.add, pending.pop(name), votes[name]) if name in pending else votes[name]
                 if any(name in earlier.keys for earlier in self.stages[:position]):
@@ -149,8 +208,9 @@ class Sweep:
                 else:
                     before, cast = jax.tree.map(lambda leaf: leaf[None], (ternary[name], total))
                     moved, own = self._moved(name, before, cast, step, key[None], moves)
-                    ternary[name] = jax.tree.map(lambda leaf: leaf[0], moved)
-                    report = add_reports(report, own)
+                    moved = jax.tree.map(lambda leaf: leaf[0], moved)
+                    ternary[name], touched = self._tables_moved(name, moved, waiting, step, key, moves)
+                    report = add_reports(report, own, *touched)
         return ternary, report
 
     def _stacked_backward(
@@ -172,11 +232,14 @@ class Sweep:
         layers = jax.tree.leaves(stack)[0].shape[0]
         if layers % together:
             raise ConfigError(f"layers_at_once must divide the {layers} layers of {name!r}, got {together}")
+        sparse = [path for path, spec in self._specs(name).items() if spec.sparse]
+        if sparse:
+            raise ConfigError(f"a stacked stage cannot have a sparse table, got {sparse}; give it a stage of its own")
 
         def layer(cotangent: Carry, entry: tuple[jax.Array, Any]) -> tuple[Carry, Any]:
             index, subtree = entry
             kept = kept_by(index)
-            cotangent, votes = self._micro_backward(
+            cotangent, votes, _ = self._micro_backward(
                 stage, {name: subtree}, kept, cotangent, batch, step, _layer_key(key, index), cast=not sole
             )
             return cotangent, votes[name]
@@ -201,13 +264,15 @@ class Sweep:
         return jax.lax.scan(group, (cotangent, stack, report), indices, reverse=True)[0]
 
     def _micro_forward(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any]:
-        """The stage over every micro-batch: (carries stacked over A, what backward needs stacked over A)."""
+        """The stage over every micro-batch: (carries stacked over A, (what backward needs, events, terms) stacked)."""
 
         def one(entry: tuple[Carry, Any]) -> tuple[Carry, Any]:
             carry, batch = entry
             if self.remat:
-                return stage.apply({COLLECTION: subtrees}, carry, batch), carry
-            return self._vjp(stage, subtrees, carry, batch)
+                after, extra = self._run(stage, {COLLECTION: subtrees}, carry, batch)
+                return after, (carry, *extra)
+            after, pull, extra = self._vjp(stage, subtrees, carry, batch)
+            return after, (pull, *extra)
 
         return _map_micro(one, (carry, batch))
 
@@ -221,17 +286,17 @@ class Sweep:
         step: jax.Array,
         key: jax.Array,
         cast: bool = True,
-    ) -> tuple[Carry, Subtrees]:
-        """(cotangents of the carry stacked over A, votes summed over A and over the mapped axis); without `cast` what
-        the one micro-batch collected, in place of votes."""
+    ) -> tuple[Carry, Subtrees, RowVotes]:
+        """(cotangents of the carry stacked over A, votes summed over A and over the mapped axis, those on sparse tables
+        side by side); without `cast` what the one micro-batch collected, in place of votes."""
 
-        def one(entry: tuple[Any, Carry, Any, jax.Array]) -> tuple[Carry, Subtrees]:
+        def one(entry: tuple[Any, Carry, Any, jax.Array]) -> tuple[tuple[Carry, RowVotes], Subtrees]:
             kept, cotangent, batch, index = entry
             pull = self._vjp(stage, subtrees, kept, batch)[1] if self.remat else kept
             pull = pull.replace(args_res=[subtrees, *pull.args_res[1:]])
             _, collected, cotangent = pull(cotangent)
             if not cast:
-                return cotangent, collected
+                return (cotangent, {}), collected
             own = _vote_key(key, step, index)
             votes = {
                 name: _together(
@@ -239,32 +304,76 @@ class Sweep:
                 )
                 for name, subtree in subtrees.items()
             }
-            return cotangent, votes
+            return (cotangent, self._row_votes(subtrees, collected, own)), votes
 
         micro = jax.tree.leaves(batch)[0].shape[0]
         indices = jnp.arange(micro, dtype=jnp.int32)
         if self.axis_name is not None:
             # Numbered over all shards, so that random bits do not depend on how the micro-batches are spread.
             indices += micro * jax.lax.axis_index(self.axis_name)
-        cotangent, votes = _map_micro(one, (saved, cotangent, batch, indices), summed=True)
+        (cotangent, rows), votes = _map_micro(one, (saved, cotangent, batch, indices), summed=True)
         if self.axis_name is not None:
             votes = jax.tree.map(lambda leaf: jax.lax.psum(leaf, self.axis_name), votes)
-        return cotangent, votes
+        rows = {path: tables.stacked(self.rule, vote) for path, vote in self._gathered(rows).items()}
+        return cotangent, votes, rows
 
-    def _vjp(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any]:
-        """(the stage's carry, its pullback without the state): backward finds the state where it is, so that no copy of
-        it waits beside the activations."""
-        probes = {
-            name: make_probes(subtrees[name], self.specs[name], self.rule, jnp.dtype(self.dtype)) for name in stage.keys
-        }
+    def _vjp(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any, Any]:
+        """(the stage's carry, its pullback without the state, its events and terms): backward finds the state where it
+        is, so that no copy of it waits beside the activations."""
+        specs = {name: self.specs[name] for name in stage.keys}
+        lookups = stage.lookups(batch) if stage.lookups else None
+        probes = make_probes(subtrees, specs, self.rule, jnp.dtype(self.dtype), lookups)
 
-        def run(subtrees: Subtrees, probes: Any, carry: Carry) -> Carry:
-            return stage.apply({COLLECTION: subtrees, PROBES: probes}, carry, batch)
+        def run(subtrees: Subtrees, probes: Any, carry: Carry) -> tuple[Carry, Any]:
+            return self._run(stage, {COLLECTION: subtrees, PROBES: probes}, carry, batch)
 
-        return jax.vjp(run, subtrees, probes, carry, saveable_args=(False, True, True))
+        return jax.vjp(run, subtrees, probes, carry, has_aux=True, saveable_args=(False, True, True))
+
+    def _run(self, stage: Stage, variables: dict[str, Subtrees], carry: Carry, batch: Any) -> tuple[Carry, Any]:
+        """(the stage's carry, (its events, its terms)); the latter two are not differentiated."""
+        out: Any = stage.apply(variables, carry, batch)
+        out, events = out if stage.observe is not None else (out, {})
+        last = stage is self.stages[-1] and isinstance(out, tuple)
+        out, terms = out if last else (out, {})
+        return out, (events, terms)
+
+    def _gathered(self, tree: Any) -> Any:
+        """Leaves stacked over A with those of all shards, in the order of their global numbers."""
+        if self.axis_name is None:
+            return tree
+        return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.axis_name, tiled=True), tree)
+
+    def _row_votes(self, subtrees: Subtrees, collected: Subtrees, key: jax.Array) -> RowVotes:
+        found: RowVotes = {}
+        for name, subtree in subtrees.items():
+            specs = self._specs(name)
+
+            def cast(path: str, matrix: Any, own: Any, specs: dict[str, MatrixSpec] = specs) -> None:
+                if specs[path].sparse:
+                    found[path] = matrix_vote(self.rule, specs[path], matrix, own, matrix_key(key, path))
+
+            map_matrices(cast, subtree, collected[name], prefix=name)
+        return found
+
+    def _tables_moved(
+        self, name: str, subtree: Any, votes: RowVotes, step: jax.Array, key: jax.Array, moves: jax.Array
+    ) -> tuple[Any, list[Report]]:
+        """The subtree with its sparse tables after their votes, and their reports."""
+        specs, reports = self._specs(name), []
+
+        def move(path: str, matrix: Any) -> Any:
+            if not votes.get(path):
+                return matrix
+            own = matrix_key(key, path)
+            moved, report = tables.move(self.rule, matrix, votes[path], specs[path], step, own, moves)
+            reports.append(report)
+            return moved
+
+        return map_matrices(move, subtree, prefix=name), reports
 
     def _vote(self, spec: MatrixSpec, matrix: Any, collected: Any, key: jax.Array) -> Any:
-        return self.rule.vote(collected, matrix, spec, key)
+        # Votes on the rows of sparse tables are not summed: they go another way.
+        return {} if spec.sparse else matrix_vote(self.rule, spec, matrix, collected, key)
 
     def _moved(
         self,
@@ -279,16 +388,22 @@ class Sweep:
         """The state of several layers, stacked, after their votes, or as it was where `moves` is false; and the report
         over their matrices. Without `cast`, `votes` are what the one micro-batch collected."""
 
-        def one(spec: MatrixSpec, matrix: Any, found: Any, own: jax.Array, passing: jax.Array) -> tuple[Any, Report]:
+        def one(spec: MatrixSpec, keys: Any, matrix: Any, found: Any) -> tuple[Any, Report]:
+            own, passing = keys
             counted = found if cast else self._vote(spec, matrix, found, passing)
             new = self.rule.update(dict(matrix), counted, spec, step, own)
             chosen = jax.tree.map(lambda after, before: jnp.where(moves, after, before), new, dict(matrix))
             return chosen, self.rule.report(dict(matrix), chosen, spec)
 
+        def each(spec: MatrixSpec, matrix: Any, found: Any, own: jax.Array, passing: jax.Array) -> tuple[Any, Report]:
+            if spec.sparse:  # Its rows move by themselves.
+                return matrix, empty_report()
+            return each_expert(one, spec, (own, passing), matrix, found)
+
         lasting = jax.vmap(lambda key: _keys(name, subtrees, key))(keys)
         passing = jax.vmap(lambda key: _keys(name, subtrees, _vote_key(key, step, 0)))(keys)
         pairs = _together(
-            lambda spec, *nodes: jax.vmap(partial(one, spec))(*nodes),
+            lambda spec, *nodes: jax.vmap(partial(each, spec))(*nodes),
             self._specs(name),
             name,
             subtrees,
@@ -306,6 +421,25 @@ class Sweep:
 
     def _specs(self, name: str) -> dict[str, MatrixSpec]:
         return flatten_specs(self.specs[name], name)
+
+
+def _observe(
+    observe: Observe, events: Events, step: jax.Array, key: jax.Array, subtrees: Subtrees, memory: Subtrees
+) -> tuple[Subtrees, Subtrees]:
+    return observe(subtrees, memory, events, step, key)
+
+
+def _with_memory(stage: Stage, memory: Subtrees) -> Stage:
+    """The stage with its parts of the memory among the variables."""
+    missing = [name for name in stage.memory if name not in memory]
+    if missing:
+        raise ConfigError(
+            f"stage {stage.keys} reads memory {missing}, and there is {sorted(memory)}; make it at the start"
+        )
+    if not stage.memory:
+        return stage
+    parts = {MEMORY: {name: memory[name] for name in stage.memory}}
+    return replace(stage, apply=lambda variables, carry, batch: stage.apply(variables | parts, carry, batch))
 
 
 def _keys(name: str, subtree: Any, key: jax.Array) -> Any:
@@ -326,15 +460,16 @@ def _vote_key(key: jax.Array, step: jax.Array, micro: jax.Array | int) -> jax.Ar
 def _together(function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix: str, *trees: Any) -> Any:
     """`function(spec, *nodes)` for every matrix of the trees, nested like the first of them.
 
-    Matrices of one shape go through one vmapped call: fewer, larger operations to compile and to launch.
+    Matrices of one shape go through one vmapped call: fewer, larger operations to compile and to launch. Sparse tables
+    do not, for they would be copied whole.
     """
     entries: dict[str, tuple[Any, ...]] = {}
     map_matrices(lambda path, *nodes: entries.update({path: nodes}), *trees, prefix=prefix)
-    alike: dict[MatrixSpec, list[str]] = {}
+    alike: dict[Any, list[str]] = {}
     for path in entries:
-        alike.setdefault(specs[path], []).append(path)
+        alike.setdefault((specs[path], path if specs[path].sparse else ""), []).append(path)
     results: dict[str, Any] = {}
-    for spec, paths in alike.items():
+    for (spec, _), paths in alike.items():
         if len(paths) == 1:
             results[paths[0]] = function(spec, *entries[paths[0]])
             continue

@@ -129,9 +129,8 @@ class Trainer:
         """Starts saving the state under these tags."""
         if self.checkpointer is None:
             return
-        tree = {"ternary": self.state.ternary, "step": self.state.step, "halted": self.state.halted}
         metadata = {"progress": self.progress.to_json(), "data": self.batches.get_state()}
-        self.checkpointer.save(self.progress.step, tree, metadata, tags=tags)
+        self.checkpointer.save(self.progress.step, self.state.persistent(), metadata, tags=tags)
         self.saved = self.progress.step
 
     def _absorb(self, metrics: dict[str, jax.Array]) -> None:

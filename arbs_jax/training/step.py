@@ -1,12 +1,13 @@
 """The training step as a pure function: integer state and a batch in, integer state and metrics out."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from arbs_jax.errors import StateError
 from arbs_jax.rules.base import shares
 from arbs_jax.rules.noise import run_key
 from arbs_jax.training.layerwise import Sweep
@@ -23,31 +24,50 @@ class TrainState:
     """int32 (), updates taken."""
     halted: jax.Array
     """int32 (), 1 after a loss that was not finite; the state then stays as it was before that step."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """Bookkeeping that is no weight (usage counts, edges, a ledger): integer pytrees by name."""
+
+    def persistent(self) -> dict[str, Any]:
+        """The fields by name, as a checkpoint holds them; no memory where there is none."""
+        fields = {"ternary": self.ternary, "step": self.step, "halted": self.halted}
+        return fields | {"memory": self.memory} if self.memory else fields
 
 
 Metrics = dict[str, jax.Array]
 StepFunction = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
 
 
-def fresh_state(ternary: dict[str, Any]) -> TrainState:
-    """State before the first step."""
-    return TrainState(ternary=dict(ternary), step=jnp.zeros((), jnp.int32), halted=jnp.zeros((), jnp.int32))
+def fresh_state(ternary: dict[str, Any], memory: dict[str, Any] | None = None) -> TrainState:
+    """State before the first step.
+
+    Raises:
+        StateError: memory holds something else than integers.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(memory or {}):
+        if not jnp.issubdtype(leaf.dtype, jnp.integer):
+            raise StateError(
+                f"memory{jax.tree_util.keystr(path)} must be an integer array, got {leaf.dtype}: persistent state "
+                "holds no floats"
+            )
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(ternary=dict(ternary), step=zero, halted=jnp.zeros_like(zero), memory=dict(memory or {}))
 
 
 def make_step(sweep: Sweep, seed: int) -> StepFunction:
     """The pure step `(state, tokens uint8 (A, B, T+1)) -> (state, metrics)`; not yet jitted.
 
     Metrics: `loss`, float32 () nats per byte, mean over the A micro-batches; `halted`, int32 (); `flip_rate`,
-    `zero_share`, `saturation` and `scale_drift` (`arbs_jax.rules.base.shares`). A step whose loss is
-    not finite leaves every leaf as it was and halts: later steps change nothing, so a host that fetches metrics late
-    loses nothing.
+    `zero_share`, `saturation` and `scale_drift` (`arbs_jax.rules.base.shares`; of sparse tables they count the rows
+    that the step touched), and `loss/<name>` for every term of the loss. A step whose loss is not finite leaves every
+    leaf as it was and halts: later steps change nothing, so a host that fetches metrics late loses nothing.
     """
 
     def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
-        ternary, loss, moved, report = sweep(state.ternary, tokens, state.step, run_key(seed), state.halted > 0)
-        taken = moved.astype(jnp.int32)
-        after = TrainState(ternary=ternary, step=state.step + taken, halted=1 - taken)
-        return after, {"loss": loss, "halted": after.halted, **shares(report)}
+        swept = sweep(state.ternary, tokens, state.step, run_key(seed), state.halted > 0, state.memory)
+        taken = swept.moved.astype(jnp.int32)
+        after = TrainState(ternary=swept.ternary, step=state.step + taken, halted=1 - taken, memory=swept.memory)
+        terms = {f"loss/{name}": term for name, term in swept.terms.items()}
+        return after, {"loss": swept.loss, "halted": after.halted, **shares(swept.report), **terms}
 
     return step
 

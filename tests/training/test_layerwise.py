@@ -96,7 +96,7 @@ def test_equals_votes_and_update_of_the_whole_model(chain, three):
     found = [chain.votes(chain.ternary, micro(three, index)) for index in range(3)]
     total = jax.tree.map(lambda *leaves: sum(leaves), *(votes for _, votes in found))
     expected = update(RULE, chain.specs, chain.ternary, total, STEP)
-    got, loss, moved, _ = chain.sweep(three)
+    got, loss, moved, *_ = chain.sweep(three)
     assert bool(moved)
     assert loss.dtype == jnp.float32
     # Sums of 24 and 96 terms, a few layers deep.
@@ -178,7 +178,7 @@ def test_a_canary_loses_no_unit(untied, three):
 @pytest.mark.parametrize("blocked", [True, False])
 def test_blocked_or_not_finite_leaves_every_bit(untied, three, blocked):
     poisoned = three if blocked else three | {"y": three["y"].at[1, 0, 0].set(jnp.nan)}
-    got, loss, moved, _ = untied.sweep(poisoned, blocked=blocked)
+    got, loss, moved, *_ = untied.sweep(poisoned, blocked=blocked)
     assert not bool(moved)
     assert bool(jnp.isnan(loss)) != blocked
     assert_trees_equal(got, untied.ternary)

@@ -86,6 +86,29 @@ def put_rows(leaves: Any, ids: jax.Array, rows: Any) -> Any:
     return jax.tree_util.tree_map_with_path(put, leaves, rows)
 
 
+def sum_rows(values: jax.Array, place: jax.Array, size: int) -> jax.Array:
+    """Sums of the rows that share a place, the same bits in whatever order they are added.
+
+    Floats are added as 31-bit fixed-point numbers, whose point is that of the largest possible sum of their place:
+    every entry of n rows is rounded by at most 2^-29 of n times the largest of them, and not at all where its bits fit.
+
+    Args:
+        values: `(M, K)`, floats.
+        place: integers `(M,)`, as of `unique_rows`; rows whose place is outside `[0, size)` are left out.
+        size: places.
+
+    Returns:
+        float32 `(size, K)`; NaN in all of a place one of whose values is not finite.
+
+    Raises:
+        ValueError: places are no integers, one for each row.
+    """
+    _check_ids(place, axes=1)
+    if values.ndim != 2 or values.shape[0] != place.shape[0]:
+        raise ValueError(f"sum_rows: values must be (M, K) with M = {place.shape[0]} places, got {values.shape}")
+    return reference.sums(values.astype(jnp.float32), place, size)
+
+
 def _check_ids(ids: jax.Array, axes: int | None = None) -> None:
     if not jnp.issubdtype(ids.dtype, jnp.integer) or (axes is not None and ids.ndim != axes):
         raise ValueError(
