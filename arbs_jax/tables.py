@@ -114,9 +114,7 @@ def _report(rule: Rule, before: Matrix, after: Matrix, spec: MatrixSpec, touched
     """The reports of rows one by one, those summed that were touched: the rest is padding."""
     one = replace(spec, out_features=1)
 
-    axes = {
-        name: max(leaf.ndim - 2, 0) if name in rule.row_leaves else None for name, leaf in before.items()
-    }
+    axes = {name: max(leaf.ndim - 2, 0) if name in rule.row_leaves else None for name, leaf in before.items()}
 
     def of_one_row(matrix: Matrix) -> Matrix:
         return {

@@ -18,17 +18,19 @@ from arbs_kernels.row_update import put_rows, rows_of
 def observe_edges(config: EdgeConfig, edges: Edges, ids: jax.Array, agreement: jax.Array, step: jax.Array) -> Edges:
     """The edges after the meetings of one step, from however many sequences.
 
-    Edges of touched buckets decay, then known edges gain or lose, those that became too weak leave, and pairs that met
-    but had no edge are admitted: those of a bucket in order of how often they met (ties by destination, then source),
-    each into the next weakest slot (ties by number), as long as that slot's score is at most `admit`.
-    A new edge has the sign of its meetings' sum, and its size (at most `gain`) for a score.
+    An edge gains the agreements of its pair, by its sign, and loses its *share*: one for every `rival` meetings in its
+    bucket (of its destination, if dense). So edges stay whose agreements outweigh an even share of the traffic, as in
+    counting frequent items with few counters (Misra and Gries, 1982). Those that became too weak leave. Pairs that met
+    but had no edge are admitted if their agreements outweigh the share: those of a bucket in order of how often they
+    met (ties by destination, then source), each into the next weakest slot (ties by number), as long as that slot's
+    score is at most `admit`. A new edge has the sign of its meetings' sum.
 
     Args:
         config: of the edges.
         edges: integer state.
         ids: motifs in order, int32 (..., S).
         agreement: int8 (..., S, W) in {-1, 0, 1}: of position `i` with position `i - 1 - w`.
-        step: int32 (), updates taken before this one; staggers the decay.
+        step: int32 (), updates taken before this one; staggers the rounding of shares.
 
     Returns:
         Edges of the same shapes and dtypes; scores saturate at 127 (dense ones at -127, too).
@@ -70,15 +72,24 @@ def _meetings(config: EdgeConfig, ids: jax.Array, agreement: jax.Array) -> tuple
 def _observe_dense(
     config: EdgeConfig, edges: Edges, source: jax.Array, destination: jax.Array, agreed: jax.Array, step: jax.Array
 ) -> Edges:
-    score = edges["score"].astype(jnp.int32)
-    evidence = jnp.zeros_like(score)
+    before = edges["score"].astype(jnp.int32)
+    evidence = jnp.zeros_like(before)
     evidence = evidence.at[destination, source].add(agreed, mode="drop", wrap_negative_indices=False)
-    touched = jnp.zeros((config.motifs,), jnp.bool_)
-    touched = touched.at[destination].set(True, mode="drop", wrap_negative_indices=False)
-    due = touched & ((step + jnp.arange(config.motifs, dtype=jnp.int32)) % config.decay == 0)
-    score = score - jnp.where(due[:, None], jnp.sign(score), 0)
-    score = jnp.clip(score + jnp.clip(evidence, -config.gain, config.gain), -127, 127)
-    return {"score": score.astype(jnp.int8)}
+    met = jnp.zeros((config.motifs,), jnp.int32)
+    met = met.at[destination].add(1, mode="drop", wrap_negative_indices=False)
+    share = _share(config, met, jnp.arange(config.motifs, dtype=jnp.int32), step)[:, None]
+    total = before + evidence
+    after = jnp.sign(total) * jnp.maximum(jnp.abs(total) - share, 0)
+    after = before + jnp.clip(after - before, -config.gain, config.gain)
+    return {"score": jnp.clip(after, -127, 127).astype(jnp.int8)}
+
+
+def _share(config: EdgeConfig, met: jax.Array, number: jax.Array, step: jax.Array) -> jax.Array:
+    """`met / rival`, rounded down or up in turn, so that the mean over steps is right; int32 like `met`.
+
+    `met` counts the meetings of each bucket or motif, whose `number` staggers the turns. 0 where nobody met.
+    """
+    return jnp.where(met > 0, (met + (step + number) % config.rival) // config.rival, 0)
 
 
 @jax.tree_util.register_dataclass
@@ -122,18 +133,19 @@ def _observe_slots(config: EdgeConfig, edges: Edges, totals: _Totals, step: jax.
     bucket_U = jnp.full((size,), config.buckets, jnp.int32).at[touched_M].set(totals.bucket, mode="drop")
     rows = rows_of(edges, bucket_U)
 
-    score = rows["score"].astype(jnp.int32)
-    due = (step + bucket_U) % config.decay == 0
-    score = jnp.where((score > 0) & due[:, None], score - 1, score)
+    met = jnp.zeros((size,), jnp.int32).at[touched_M].add(1, indices_are_sorted=True)
+    share_U = _share(config, met, bucket_U, step)
 
     same = (rows["destination"][touched_M] == totals.destination[:, None]) & (
         rows["source"][touched_M] == totals.source[:, None]
     )
     known = jnp.any(same, axis=1) & (totals.bucket < config.buckets)
     slot = jax.lax.argmax(same, 1, jnp.int32)
-    moved = jnp.clip(rows["sign"][touched_M, slot].astype(jnp.int32) * totals.evidence, -config.gain, config.gain)
-    score = score.at[jnp.where(totals.head & known, touched_M, size), slot].add(moved, mode="drop")
-    score = jnp.minimum(score, 127)
+    agreed = rows["sign"][touched_M, slot].astype(jnp.int32) * totals.evidence
+    moved = jnp.broadcast_to(-share_U[:, None], rows["score"].shape)
+    moved = moved.at[jnp.where(totals.head & known, touched_M, size), slot].add(agreed, mode="drop")
+    score = rows["score"].astype(jnp.int32)
+    score = jnp.where(score > 0, jnp.minimum(score + jnp.clip(moved, -config.gain, config.gain), 127), 0)
 
     stays = score >= config.evict
     rows = {
@@ -143,18 +155,18 @@ def _observe_slots(config: EdgeConfig, edges: Edges, totals: _Totals, step: jax.
         "score": jnp.where(stays, score, 0).astype(jnp.int8),
     }
     new = totals.head & ~known & (totals.bucket < config.buckets)
-    rows = _admit(config, rows, totals, jnp.where(new, touched_M, size))
+    strength = jnp.minimum(jnp.abs(totals.evidence) - share_U[touched_M], config.gain)
+    rows = _admit(config, rows, totals, jnp.where(new & (strength >= config.evict), touched_M, size), strength)
     return put_rows(edges, bucket_U, rows)
 
 
-def _admit(config: EdgeConfig, rows: Edges, totals: _Totals, place: jax.Array) -> Edges:
+def _admit(config: EdgeConfig, rows: Edges, totals: _Totals, place: jax.Array, strength: jax.Array) -> Edges:
     """`rows (U, degree)` with new pairs in their weakest slots.
 
-    `place` int32 (M,) is the row of a pair that has no edge, and U for all others.
+    `place` int32 (M,) is the row of a pair that asks to be admitted, and U for all others; `strength` int32 (M,) its
+    score if it is.
     """
     size = rows["score"].shape[0]
-    strength = jnp.minimum(jnp.abs(totals.evidence), config.gain)
-    place = jnp.where(strength >= config.evict, place, size)
     # Pairs come in order of (bucket, destination, source), which a stable sort keeps among equals.
     place, _, destination, source, evidence, strength = jax.lax.sort(
         (place, -totals.count, totals.destination, totals.source, totals.evidence, strength), num_keys=2

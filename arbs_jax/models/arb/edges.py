@@ -3,9 +3,10 @@
 A motif's messages reach the motifs that come after it (`graph.MessagePassing`). Whether they should is no weight and
 has no gradient; it is counted. Two motifs *meet* where one follows the other at 1 to `window` positions. Each meeting
 brings an *agreement*, +1, 0 or -1: whether the earlier one's message pointed the later one's way. An edge has a sign
-and a score; meetings that agree with its sign raise the score, others lower it, and only edges that score enough carry
-messages. Graphs of up to `dense_motifs` motifs keep a score for every pair, its sign being the edge's; larger ones
-keep the edges that matter in a fixed number of slots, in buckets by a hash of the destination:
+and a score; meetings that agree with its sign raise the score, others lower it, its rivals' meetings wear it down, and
+only edges that score enough carry messages. Graphs of up to `dense_motifs` motifs keep a score for every pair, its sign
+being the edge's; larger ones keep the edges that matter in a fixed number of slots, in buckets by a hash of the
+destination:
 
     source       int32 (buckets, degree)   motif that sends, -1 in an empty slot
     destination  int32 (buckets, degree)   motif that receives, -1 in an empty slot
@@ -46,13 +47,13 @@ class EdgeConfig:
     """A new edge takes the weakest slot of its bucket if that one's score is at most this (an empty one has 0)."""
     evict: int = 1
     """Edges whose score falls below this give up their slot."""
-    decay: int = 64
-    """Edges of buckets in which somebody met lose 1 in one step of so many."""
+    rival: int = 16
+    """An edge loses 1 for every so many meetings in its bucket: it must earn that share of them to stay."""
     dense_motifs: int = 512
     """Graphs of up to this many motifs keep a score for every pair, and no slots."""
 
     def __post_init__(self) -> None:
-        for name in ("motifs", "buckets", "degree", "window", "decay"):
+        for name in ("motifs", "buckets", "degree", "window", "rival"):
             if not 1 <= getattr(self, name) < 2**31:
                 raise ConfigError(f"edges.{name} must be in [1, 2^31), got {getattr(self, name)}")
         for name, low in (("gain", 1), ("threshold", 1), ("admit", 0), ("evict", 1)):

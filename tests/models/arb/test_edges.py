@@ -13,8 +13,8 @@ from arbs_jax.errors import ConfigError
 from arbs_jax.models.arb.edge_updates import observe_edges
 from arbs_jax.models.arb.edges import EdgeConfig, bucket_of, empty_edges, incoming, pair_weights
 
-SLOTS = EdgeConfig(motifs=40, buckets=7, degree=3, window=2, gain=3, threshold=2, admit=1, decay=5, dense_motifs=0)
-DENSE = EdgeConfig(motifs=6, window=2, gain=50, threshold=2, decay=3)
+SLOTS = EdgeConfig(motifs=40, buckets=7, degree=3, window=2, gain=3, threshold=2, admit=1, rival=9, dense_motifs=0)
+DENSE = EdgeConfig(motifs=6, window=2, gain=50, threshold=2, rival=8)
 BATCH, LENGTH = 3, 11
 BUCKETS = np.asarray(bucket_of(SLOTS, jnp.arange(SLOTS.motifs, dtype=jnp.int32)))
 
@@ -48,12 +48,12 @@ class Oracle:
         for bucket in {int(BUCKETS[destination]) for destination, _ in totals}:
             slots = self.buckets[bucket]
             pairs = {pair: total for pair, total in totals.items() if BUCKETS[pair[0]] == bucket}
-            if (step + bucket) % config.decay == 0:
-                for slot in slots:
-                    slot[3] = max(slot[3] - 1, 0)
+            met = sum(count for count, _ in pairs.values())
+            share = (met + (step + bucket) % config.rival) // config.rival
             for slot in slots:
                 _, evidence = pairs.pop((slot[1], slot[0]), (0, 0))
-                slot[3] += max(-config.gain, min(config.gain, slot[2] * evidence))
+                if slot[1] >= 0:
+                    slot[3] += max(-config.gain, min(config.gain, slot[2] * evidence - share))
                 self.events["saturated"] += slot[3] > 127
                 slot[3] = min(slot[3], 127)
                 if slot[3] < config.evict:
@@ -61,7 +61,7 @@ class Oracle:
                     slot[:] = [-1, -1, 0, 0]
             free = sorted(range(config.degree), key=lambda at, slots=slots: (slots[at][3], at))
             for (destination, source), (_, evidence) in sorted(pairs.items(), key=lambda item: (-item[1][0], item[0])):
-                strength = min(abs(evidence), config.gain)
+                strength = min(abs(evidence) - share, config.gain)
                 if strength < config.evict:
                     continue
                 if free and slots[free[0]][3] <= config.admit:
@@ -89,25 +89,30 @@ def stream(rng, motifs, frequent, bias):
 
 def test_slots_follow_the_oracle_through_admission_eviction_and_saturation():
     rng, oracle, edges = np.random.default_rng(0), Oracle(SLOTS), empty_edges(SLOTS)
-    for step in range(150):
-        # Sixty steps of the same few motifs, then of all.
-        ids, agreement = stream(rng, SLOTS.motifs, 4 if step < 60 else SLOTS.motifs, 0.9 if step < 60 else 0.4)
+    for step in range(180):
+        # Ninety steps of the same few motifs, then of all.
+        ids, agreement = stream(rng, SLOTS.motifs, *((2, 1.0) if step < 90 else (SLOTS.motifs, 0.4)))
         oracle.observe(ids, agreement, step)
         edges = observe(SLOTS, edges, ids, agreement, jnp.int32(step))
         assert_trees_equal(edges, oracle.leaves())
     assert all(count > 0 for count in oracle.events.values()), oracle.events
 
 
-def test_dense_scores_are_clipped_sums_of_agreements():
+def test_dense_scores_follow_the_oracle_to_both_ends():
     rng, edges = np.random.default_rng(1), empty_edges(DENSE)
     expected = np.zeros((6, 6), np.int64)
     for step in range(80):
         ids, agreement = stream(rng, 6, 4, 0.9)
         totals = meetings(DENSE, ids, agreement)
-        for destination in {pair[0] for pair in totals if (step + pair[0]) % DENSE.decay == 0}:
-            expected[destination] -= np.sign(expected[destination])
-        for pair, (_, evidence) in totals.items():
-            expected[pair] = np.clip(expected[pair] + np.clip(evidence, -DENSE.gain, DENSE.gain), -127, 127)
+        for destination in {pair[0] for pair in totals}:
+            met = sum(count for pair, (count, _) in totals.items() if pair[0] == destination)
+            share = (met + (step + destination) % DENSE.rival) // DENSE.rival
+            for source in range(6):
+                score = int(expected[destination, source])
+                aim = score + totals.get((destination, source), (0, 0))[1]
+                aim = int(np.sign(aim)) * max(abs(aim) - share, 0)
+                aim = score + max(-DENSE.gain, min(DENSE.gain, aim - score))
+                expected[destination, source] = max(-127, min(127, aim))
         edges = observe(DENSE, edges, ids, agreement, jnp.int32(step))
         assert_trees_equal(edges, {"score": expected.astype(np.int8)})
     assert expected.max() == 127
