@@ -12,11 +12,14 @@ from support import is_float
 
 from arbs_jax import Integral, TernaryConfig
 from arbs_jax.errors import ConfigError
+from arbs_jax.models.arb.edge_updates import observe_edges
 from arbs_jax.models.arb.edges import EdgeConfig
 from arbs_jax.models.arb.experts import ExpertsConfig
 from arbs_jax.models.arb.graph import GraphConfig, message_band
 from arbs_jax.models.arb.loop import LoopConfig, MoEGraph, _Iteration, empty_history, halting_weight, injection
+from arbs_jax.models.stages import Stage
 from arbs_jax.state import iter_matrices
+from arbs_jax.training.layerwise import Sweep
 from arbs_jax.votes import make_probes
 
 TERNARY = TernaryConfig(rule=Integral(), group_size=8)
@@ -207,6 +210,36 @@ def test_bfloat16_stays_bfloat16_and_finite(built):
         assert gradient.dtype == jnp.bfloat16
         assert np.isfinite(np.asarray(gradient, np.float32)).all()
         assert np.asarray(gradient, np.float32).any()
+
+
+@pytest.mark.slow
+def test_a_sweep_moves_every_matrix_and_counts_the_edges(built):
+    """As a stage: edges are bookkeeping memory, ids and agreements its events."""
+
+    def apply(variables, carry, batch):
+        own = {name: variables[name]["loop"] for name in ("ternary", "probes") if name in variables}
+        out = built.module.apply(own, batch["x"], batch["ids"], variables["memory"]["edges"])
+        loss = jnp.mean(jnp.square(out.x_BxSxD - batch["x"])) + 0.1 * out.balance + 0.01 * out.halting_cost
+        events = {"ids": batch["ids"], "agreement": out.agreement_BxSxW}
+        return (loss, {"balance": out.balance, "ponder": out.halting_cost}), events
+
+    def observe(subtrees, memory, events, step, key):
+        counted = observe_edges(GRAPH.edges, memory["edges"], events["ids"], events["agreement"], step)
+        return subtrees, {"edges": counted}
+
+    stage = Stage(("loop",), apply, memory=("edges",), observe=observe)
+    module = Built(CONFIG)
+    sweep = Sweep((stage,), TERNARY.rule, {"loop": module.specs})
+    ternary, batch = {"loop": module.variables["ternary"]}, {"x": X[:, None], "ids": IDS[:, None]}
+    blocked = jnp.asarray(False)
+    swept = jax.jit(sweep)(ternary, batch, jnp.int32(0), jax.random.key(0), blocked, {"edges": EDGES})
+    assert swept.moved
+    assert set(swept.terms) == {"balance", "ponder"}
+    for path, matrix in iter_matrices(swept.ternary):
+        assert (np.asarray(matrix["votes"]) > 0).all(), path
+        assert np.asarray(matrix["corr"]).any(), path
+    assert swept.memory["edges"]["score"].dtype == jnp.int8
+    assert (swept.memory["edges"]["score"] != EDGES["score"]).any()
 
 
 def test_mistakes_are_named(built):
