@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from arbs_jax.errors import StateError
-from arbs_jax.layers import COLLECTION
+from arbs_jax.layers import COLLECTION, MEMORY
 from arbs_jax.state import Tree, flatten_specs, iter_matrices
 
 
@@ -18,7 +18,7 @@ class Audit:
     """The account of one model's persistent state."""
 
     logical_ternary_weights: int
-    """Trits that act as weights, N*K summed over matrices and layers."""
+    """Trits that act as weights, N*K summed over matrices, layers and experts."""
     state_bytes: int
     """Bytes of all persistent leaves."""
     bits_per_weight: float
@@ -41,7 +41,8 @@ def audit(variables: Tree, specs: Any, extra: Iterable[Any] = ()) -> Audit:
     """Audits the collections of a model (arrays or `jax.ShapeDtypeStruct`s; nothing is allocated).
 
     Args:
-        variables: all collections, as `model.init` returns them.
+        variables: all collections, as `model.init` returns them; bookkeeping of the training state goes under "memory"
+            and is counted on a line of its own.
         specs: `matrix_specs(model, ...)`.
         extra: further leaves that persist, such as the step counter.
     """
@@ -54,7 +55,11 @@ def audit(variables: Tree, specs: Any, extra: Iterable[Any] = ()) -> Audit:
     for _, matrix in iter_matrices(ternary):
         for name, leaf in matrix.items():
             leaves[name] = leaves.get(name, 0) + _bytes(leaf)
-    others = [*jax.tree.leaves({name: tree for name, tree in variables.items() if name != COLLECTION}), *extra]
+    bookkeeping = jax.tree.leaves(variables.get(MEMORY, {}))
+    if bookkeeping:
+        leaves[MEMORY] = sum(_bytes(leaf) for leaf in bookkeeping)
+    rest = {name: tree for name, tree in variables.items() if name not in (COLLECTION, MEMORY)}
+    others = [*jax.tree.leaves(rest), *extra]
     if others:
         leaves["other"] = sum(_bytes(leaf) for leaf in others)
     total = sum(weights.values())

@@ -90,13 +90,16 @@ def move(
         return matrix, {}
     votes = _merged(rule, votes, spec)
     ids, touched = votes.pop("ids"), votes["touched"] > 0
-    before = _rows_of(rule, matrix, ids)
+    # The rows are copied out: were they read from the table again after it has moved, there would have to be a second.
+    taken = {name: leaf for name, leaf in _rows_of(rule, matrix, ids).items() if name in rule.row_leaves}
+    taken, votes = jax.lax.optimization_barrier((taken, votes))
+    before = matrix | taken
     small = _of_rows(spec, ids)
     new = rule.update(dict(before), votes, small, step, key)
-    after = {name: jnp.where(moves, new[name], before[name]) for name in before}
-    return _put_back(rule, matrix, jnp.where(touched, ids, spec.out_features), after), _report(
-        rule, before, after, small, touched
-    )
+    # What the rule leaves alone is not written: where a write does not wait for all reads, the compiler copies the table.
+    changed = {name: jnp.where(moves, leaf, before[name]) for name, leaf in new.items() if leaf is not before[name]}
+    report = _report(rule, before, before | changed, small, touched)
+    return _put_back(rule, matrix, jnp.where(touched & moves, ids, spec.out_features), changed), report
 
 
 def _merged(rule: Rule, votes: Votes, spec: MatrixSpec) -> Votes:
@@ -145,7 +148,7 @@ def _put_back(rule: Rule, matrix: Matrix, ids: jax.Array, rows: Matrix) -> Matri
             return put_rows(leaf[:, None], ids, new[:, None])[:, 0]
         return put_rows(leaf, ids, new)
 
-    return {name: put(leaf, rows[name]) if name in rule.row_leaves else rows[name] for name, leaf in matrix.items()}
+    return matrix | {name: put(matrix[name], new) if name in rule.row_leaves else new for name, new in rows.items()}
 
 
 def _of_rows(spec: MatrixSpec, ids: jax.Array) -> MatrixSpec:

@@ -146,16 +146,11 @@ class Latent:
         peak = jnp.asarray(round(self.scale_rate * 2**_FRACTION_BITS), jnp.int64)
         rate = (multiplier * peak) >> UNIT_BITS
         pull = rate * votes["score"].astype(jnp.int64) // (_taken(votes, count).astype(jnp.int64) * _SCORE_STEPS)
-        moved = self._moved(matrix, votes, spec, step, salt_of(key))
-        after = (
-            matrix
-            | moved
-            | {
-                "corr": matrix["corr"] - pull,
-                "votes": matrix["votes"] + votes["count"].astype(jnp.int64),
-            }
-        )
-        return jax.tree.map(lambda new, old: jnp.where(votes["count"] > 0, new, old), after, dict(matrix))
+        moved = self._moved(matrix, votes, spec, step, salt_of(key)) | {
+            "corr": matrix["corr"] - pull,
+            "votes": matrix["votes"] + votes["count"].astype(jnp.int64),
+        }
+        return matrix | {name: jnp.where(votes["count"] > 0, new, matrix[name]) for name, new in moved.items()}
 
     def report(self, before: Matrix, after: Matrix, spec: MatrixSpec) -> Report:
         """See `base_report`; `saturated` counts latents at either end of their range."""

@@ -89,6 +89,12 @@ class Sweep:
                 a stage names memory that there is not.
         """
         memory = memory or {}
+        for stage in self.stages:
+            sparse = [path for name in stage.keys for path, spec in self._specs(name).items() if spec.sparse]
+            if stage.stacked and sparse:
+                raise ConfigError(
+                    f"a stacked stage cannot have a sparse table, got {sparse}; give it a stage of its own"
+                )
         bound = replace(self, stages=tuple(_with_memory(stage, memory) for stage in self.stages))
         saved, loss, events, terms = bound._forward(ternary, batch)
         if self.axis_name is not None:
@@ -130,7 +136,7 @@ class Sweep:
             own = jax.random.fold_in(key, 2**31 + 2**30 + position)
             observe = partial(_observe, stage.observe, self._gathered(events[position]), step, own)
             parts = {name: ternary[name] for name in stage.keys}, {name: memory[name] for name in stage.memory}
-            subtrees, kept = jax.lax.cond(moves, observe, lambda *parts: parts, *parts)
+            subtrees, kept = jax.lax.cond(moves, observe, lambda *parts: parts, *jax.lax.optimization_barrier(parts))
             ternary, memory = ternary | subtrees, memory | kept
         return ternary, memory
 
@@ -232,9 +238,6 @@ class Sweep:
         layers = jax.tree.leaves(stack)[0].shape[0]
         if layers % together:
             raise ConfigError(f"layers_at_once must divide the {layers} layers of {name!r}, got {together}")
-        sparse = [path for path, spec in self._specs(name).items() if spec.sparse]
-        if sparse:
-            raise ConfigError(f"a stacked stage cannot have a sparse table, got {sparse}; give it a stage of its own")
 
         def layer(cotangent: Carry, entry: tuple[jax.Array, Any]) -> tuple[Carry, Any]:
             index, subtree = entry
