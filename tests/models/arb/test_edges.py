@@ -162,6 +162,7 @@ def test_strong_edges_and_no_others_are_read(config):
     assert {(int(motifs[d]), int(motifs[s])): int(pairs[d, s]) for d, s in np.argwhere(pairs != 0)} == weights
 
 
+@pytest.mark.slow
 def test_partners_are_found_among_noise():
     """Motifs from 20 on follow a partner of theirs, at one or two positions; seven times of ten it agrees."""
     config = replace(SLOTS, motifs=40, buckets=64, degree=4, gain=8, threshold=4, rival=16)

@@ -110,6 +110,7 @@ def test_inactive_positions_cost_and_change_nothing(built):
     assert not np.asarray(gradient).any()
 
 
+@pytest.mark.slow
 def test_chosen_experts_vote_and_others_do_not(built):
     one = X[:1, :1], CONTEXT[:1, :1]
 
