@@ -26,6 +26,9 @@ class ExpertsConfig:
     """Channels of an expert's MLP."""
     top_k: int = 2
     """Experts that a position reaches."""
+    shielded: bool = False
+    """Whether the balance loss moves the routing centroids alone, and not the positions; the centroids then vote twice,
+    once for each."""
 
     def __post_init__(self) -> None:
         for name in ("experts", "hidden", "top_k"):
@@ -146,8 +149,11 @@ class Experts(nn.Module):
         x_MxD = x.reshape(-1, x.shape[-1])
         context_MxD = None if context is None else context.reshape(-1, context.shape[-1])
         active_M = jnp.ones(x_MxD.shape[:1], jnp.bool_) if active is None else active.reshape(-1)
-        logits_MxX = Router(config, self.ternary, name="router")(x_MxD, context_MxD)
-        routing = route(logits_MxX, active_M, config.top_k)
+        router = Router(config, self.ternary, name="router")
+        routing = route(router(x_MxD, context_MxD), active_M, config.top_k)
+        if config.shielded:
+            alone = jax.nn.softmax(router(*jax.lax.stop_gradient((x_MxD, context_MxD))), axis=-1)
+            routing = routing._replace(balance=balance_loss(alone, routing.counts_X, active_M))
 
         chosen = routing.experts_MxK.reshape(-1)
         number = jnp.arange(chosen.shape[0], dtype=jnp.int32)

@@ -43,6 +43,8 @@ class LoopConfig:
     """A position halts once its halting probabilities sum to this."""
     retain: tuple[float, float] = (0.5, 0.95)
     """`a` of the first channel and of the last; those between are spaced evenly in their logarithm."""
+    shielded: bool = False
+    """Whether halting moves the halting unit alone, and not the positions that it reads."""
     remat: bool = True
     """Recompute each iteration in backward in place of keeping its activations."""
 
@@ -159,7 +161,8 @@ class _Iteration(nn.Module):
 
     def _halt(self, carry: _Carry, x_BxSxD: jax.Array, last: jax.Array) -> _Carry:
         unit = TernaryDense(features=1, table=True, config=self.ternary, name="halting")
-        logit_BxS = unit(TernaryRMSNorm()(x_BxSxD).astype(jnp.float32))[..., 0]
+        read_BxSxD = jax.lax.stop_gradient(x_BxSxD) if self.config.shielded else x_BxSxD
+        logit_BxS = unit(TernaryRMSNorm()(read_BxSxD).astype(jnp.float32))[..., 0]
         probability_BxS = nn.sigmoid(logit_BxS)
         active = carry.active_BxS
         weight_BxS, halts = halting_weight(probability_BxS, carry.halted_BxS, active, last, self.config.halt)

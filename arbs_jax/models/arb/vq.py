@@ -48,6 +48,9 @@ class VQConfig:
     """Steps after which a use counts half; a row whose uses have come down to 0 is dead."""
     budget: int = 2**24
     """Numbers that a search may decode or score at a time."""
+    shielded: bool = False
+    """Whether the commitment moves the projection alone, and not what comes before it; the projection then votes
+    twice, once for each."""
     dtype: str = "float32"
     """Activations: "float32" or "bfloat16"."""
 
@@ -117,7 +120,10 @@ class SharedVQ(nn.Module):
         latent_BxSxK = jax.lax.stop_gradient(z_BxSxK)
         ids_BxS = self.nearest(latent_BxSxK)
         row_BxSxK = unit_rows(self.codebook(ids_BxS))
-        commitment_BxS = jnp.mean(jnp.square(z_BxSxK - jax.lax.stop_gradient(row_BxSxK)), axis=-1)
+        drawn_BxSxK = z_BxSxK
+        if self.config.shielded:
+            drawn_BxSxK = unit_rows(self.down(jax.lax.stop_gradient(x_BxSxD).astype(self.config.dtype)))
+        commitment_BxS = jnp.mean(jnp.square(drawn_BxSxK - jax.lax.stop_gradient(row_BxSxK)), axis=-1)
         codebook_BxS = jnp.mean(jnp.square(latent_BxSxK - row_BxSxK), axis=-1)
         through_BxSxK = z_BxSxK + jax.lax.stop_gradient(row_BxSxK - z_BxSxK)
         return VQOutput(
