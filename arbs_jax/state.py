@@ -28,6 +28,8 @@ from arbs_kernels.table_autodiff import MOST_ROWS
 
 BASE_LEAVES = ("trits", "exponent", "corr", "votes")
 _ROWS_PER_BLOCK = 65_536
+_SPARSE_BLOCK = 2**20
+"""Weights of a sparse table that are drawn at a time: random bits and what becomes of them take some 30 bytes each."""
 
 Matrix = dict[str, jax.Array]
 Tree = Mapping[str, Any]
@@ -143,18 +145,19 @@ def init_trits(key: jax.Array, spec: MatrixSpec, init: InitConfig) -> jax.Array:
         sign = ((bits & jnp.uint16(1)) * jnp.uint16(2)).astype(jnp.int8) - jnp.int8(1)
         return pack_rows(jnp.where(nonzero, sign, jnp.int8(0)))
 
-    return rows_in_blocks(block, spec.out_features, axes=0)
+    return rows_in_blocks(block, spec, axes=0)
 
 
-def rows_in_blocks(block: Callable[[jax.Array, int], Any], out_features: int, axes: Any) -> Any:
-    """Concatenates `block(index, rows)` over enough indices for `out_features` rows, one block at a time.
+def rows_in_blocks(block: Callable[[jax.Array, int], Any], spec: MatrixSpec, axes: Any) -> Any:
+    """Concatenates `block(index, rows)` over enough indices for the rows of `spec`, one block at a time.
 
     Args:
         block: makes a pytree of arrays for `rows` rows; `index` is an int32 ().
-        out_features: rows in all; of the block before the last, what the last covers is lost.
+        spec: of the matrix; of the last block but one, rows that the last covers are lost.
         axes: pytree like the block's, with the position of the row axis in each array.
     """
-    rows = min(out_features, _ROWS_PER_BLOCK)
+    out_features = spec.out_features
+    rows = min(out_features, max(_SPARSE_BLOCK // spec.in_features, 1) if spec.sparse else _ROWS_PER_BLOCK)
     blocks = -(-out_features // rows)
     if blocks == 1:
         return block(jnp.int32(0), rows)

@@ -96,7 +96,7 @@ def move(
     before = matrix | taken
     small = _of_rows(spec, ids)
     new = rule.update(dict(before), votes, small, step, key)
-    # What the rule leaves alone is not written: where a write does not wait for all reads, the compiler copies the table.
+    # What the rule leaves alone is not written: of a write that waits for no vote the compiler makes a copy.
     changed = {name: jnp.where(moves, leaf, before[name]) for name, leaf in new.items() if leaf is not before[name]}
     report = _report(rule, before, before | changed, small, touched)
     return _put_back(rule, matrix, jnp.where(touched & moves, ids, spec.out_features), changed), report
@@ -117,17 +117,16 @@ def _report(rule: Rule, before: Matrix, after: Matrix, spec: MatrixSpec, touched
     """The reports of rows one by one, those summed that were touched: the rest is padding."""
     one = replace(spec, out_features=1)
 
-    axes = {name: max(leaf.ndim - 2, 0) if name in rule.row_leaves else None for name, leaf in before.items()}
+    axes = {name: max(leaf.ndim - 2, 0) for name, leaf in before.items() if name in rule.row_leaves}
 
     def of_one_row(matrix: Matrix) -> Matrix:
-        return {
-            name: leaf if axes[name] is None else jnp.expand_dims(leaf, axes[name]) for name, leaf in matrix.items()
-        }
+        return matrix | {name: jnp.expand_dims(matrix[name], axis) for name, axis in axes.items()}
 
     def of_row(before: Matrix, after: Matrix) -> Report:
         return rule.report(of_one_row(before), of_one_row(after), one)
 
-    rows = jax.vmap(of_row, (axes, axes))(before, after)
+    every = {name: axes.get(name) for name in before}
+    rows = jax.vmap(of_row, (every, every))(before, after)
     return jax.tree.map(lambda entry: jnp.sum(jnp.where(touched, entry, 0), dtype=entry.dtype), rows)
 
 

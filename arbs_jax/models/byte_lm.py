@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.layers import COLLECTION, DENSE, PROBES, SPECS, TernaryConfig, TernaryDense, TernaryEmbed, TernaryRMSNorm
+from arbs_jax.models.attention import IMPLEMENTATIONS, causal_attention
 
 VOCABULARY = 288
 """256 bytes and 32 specials."""
@@ -46,6 +47,8 @@ class ModelConfig:
     """Activations: "float32" or "bfloat16"."""
     remat: bool = True
     """Recompute each block in backward in place of keeping its activations."""
+    attention: str = "auto"
+    """Implementation of attention over whole sequences (`arbs_jax.models.attention`): "auto", "xla" or "cudnn"."""
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "kv_heads", "head_dim", "hidden", "context"):
@@ -57,6 +60,8 @@ class ModelConfig:
             raise ConfigError(f"model.head_dim must be even for rotary positions, got {self.head_dim}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"model.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
+        if self.attention not in IMPLEMENTATIONS:
+            raise ConfigError(f"model.attention must be one of {', '.join(IMPLEMENTATIONS)}, got {self.attention!r}")
 
 
 def rotation(positions_T: jax.Array, channels: int, theta: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -95,7 +100,7 @@ class Attention(nn.Module):
         k_BxTxKxC = rotate(TernaryRMSNorm()(heads("k_proj", config.kv_heads)), *angles)
         v_BxTxKxC = heads("v_proj", config.kv_heads)
         if cache is None:
-            y_BxTxHxC = jax.nn.dot_product_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, is_causal=True)
+            y_BxTxHxC = causal_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, config.attention)
         else:
             zero = jnp.zeros((), jnp.int32)
             at = (zero, jnp.asarray(start, jnp.int32), zero, zero)
@@ -192,5 +197,7 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
 
 def cross_entropy(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
     """Nats per byte at every position, float32 (B, T)."""
-    chosen = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None].astype(jnp.int32), axis=-1)[..., 0]
+    # A sum that skips the others, not a gather: its gradient would be a scatter, slow where sums must repeat exactly.
+    is_target = jnp.arange(logits_BxTxV.shape[-1], dtype=jnp.int32) == targets_BxT[..., None]
+    chosen = jnp.sum(jnp.where(is_target, logits_BxTxV, 0), axis=-1)
     return jax.nn.logsumexp(logits_BxTxV, axis=-1) - chosen

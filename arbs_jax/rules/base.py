@@ -1,13 +1,13 @@
 """What a learning rule is: an (init, update) pair over the integer leaves of one matrix, and its scale law."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from arbs_jax.state import Matrix, MatrixSpec
-from arbs_kernels.codec import unpack_rows
+from arbs_kernels.codec import digits
 
 Votes = dict[str, jax.Array]
 Report = dict[str, jax.Array]
@@ -101,27 +101,33 @@ def base_report(rule: Rule, before: Matrix, after: Matrix, spec: MatrixSpec) -> 
     `weights` and `groups` there are; `flips`, trits that changed; `zeros`, trits that are 0 now; `drift`, |log2 of the
     scale over the base scale|; `saturated`, 0 for rules without latents.
     """
-    old, new = (unpack_rows(matrix["trits"], spec.in_features) for matrix in (before, after))
+    old, new = digits(before["trits"]), digits(after["trits"])
+    padding = spec.out_features * (len(new) * spec.packed - spec.in_features)
     shift = jnp.log2(rule.scale(after, spec.group_size)) - after["exponent"].astype(jnp.float32)
     return {
         "weights": jnp.float32(spec.out_features * spec.in_features),
         "groups": jnp.float32(spec.out_features * spec.groups),
-        "flips": jnp.sum(old != new, dtype=jnp.float32),
-        "zeros": jnp.sum(new == 0, dtype=jnp.float32),
+        "flips": total(a != b for a, b in zip(old, new, strict=True)),
+        "zeros": total(digit == 1 for digit in new) - padding,
         "drift": jnp.sum(jnp.abs(shift)),
         "saturated": jnp.zeros((), jnp.float32),
     }
 
 
-def shares(total: Report) -> dict[str, jax.Array]:
+def total(conditions: Iterable[jax.Array]) -> jax.Array:
+    """How often they hold, float32 (): added byte by byte first, so that one pass over the bytes makes the sum."""
+    return jnp.sum(sum(condition.astype(jnp.uint8) for condition in conditions), dtype=jnp.float32)
+
+
+def shares(sums: Report) -> dict[str, jax.Array]:
     """Metrics of a whole model from added reports.
 
     `flip_rate`, `zero_share` and `saturation` are shares of all weights; `scale_drift` is a mean over groups, in powers
     of two.
     """
     return {
-        "flip_rate": total["flips"] / total["weights"],
-        "zero_share": total["zeros"] / total["weights"],
-        "saturation": total["saturated"] / total["weights"],
-        "scale_drift": total["drift"] / total["groups"],
+        "flip_rate": sums["flips"] / sums["weights"],
+        "zero_share": sums["zeros"] / sums["weights"],
+        "saturation": sums["saturated"] / sums["weights"],
+        "scale_drift": sums["drift"] / sums["groups"],
     }

@@ -19,6 +19,7 @@ touched it, without low-rank momentum, which would be of the whole table.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +27,13 @@ import numpy as np
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.rules import planes
-from arbs_jax.rules.base import Report, Votes, base_report, exp2_scale
+from arbs_jax.rules.base import Report, Votes, base_report, exp2_scale, total
 from arbs_jax.rules.momentum import Int8Momentum, LowRankMomentum, Momentum, NoMomentum
 from arbs_jax.rules.noise import dither_seed, salt_of, white
 from arbs_jax.rules.orthogonal import newton_schulz
 from arbs_jax.rules.schedule import UNIT_BITS, Schedule
 from arbs_jax.state import Matrix, MatrixSpec
-from arbs_kernels import latents
-from arbs_kernels.codec import unpack_rows
+from arbs_kernels.codec import digits, unpack_rows
 from arbs_kernels.decode import group_sum
 from arbs_kernels.latent_step import latent_step
 
@@ -154,8 +154,9 @@ class Latent:
 
     def report(self, before: Matrix, after: Matrix, spec: MatrixSpec) -> Report:
         """See `base_report`; `saturated` counts latents at either end of their range."""
-        v = latents.decode(after["trits"], after.get("residual"), spec.in_features)
-        ends = jnp.sum(jnp.abs(v) == latents.half_range(self.planes), dtype=jnp.float32)
+        # A latent is at an end of its range where all its digits are those of that end.
+        columns = zip(*(digits(plane) for plane in (after["trits"], *after.get("residual", ()))), strict=True)
+        ends = total(_all_are(0, column) | _all_are(2, column) for column in columns)
         return base_report(self, before, after, spec) | {"saturated": ends}
 
     def _moved(self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, salt: jax.Array) -> Matrix:
@@ -205,6 +206,10 @@ class Latent:
         """Log2 (in 1/16) of the running mean of second moments whose logs are given."""
         mean = self.moment_decay * _unlog(stored.astype(jnp.float32)) + (1 - self.moment_decay) * _unlog(now)
         return jnp.where(first, now, _LOG_STEPS * jnp.log2(mean + _TINY))
+
+
+def _all_are(digit: int, planes: tuple[jax.Array, ...]) -> jax.Array:
+    return reduce(jnp.logical_and, (plane == digit for plane in planes))
 
 
 def _unlog(log: jax.Array) -> jax.Array:

@@ -31,4 +31,4 @@ def init(key: jax.Array, spec: MatrixSpec, planes: int) -> dict[str, jax.Array]:
         return encode(v.astype(jnp.int16) - jnp.int16(half), planes)
 
     axes = {"trits": 0, "residual": 1} if planes > 1 else {"trits": 0}
-    return rows_in_blocks(block, spec.out_features, axes)
+    return rows_in_blocks(block, spec, axes)

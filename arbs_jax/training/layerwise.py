@@ -16,15 +16,16 @@ import jax.numpy as jnp
 
 from arbs_jax import tables
 from arbs_jax.errors import ConfigError
-from arbs_jax.layers import COLLECTION, MEMORY, PROBES
-from arbs_jax.models.stages import Carry, Events, Observe, Stage, Subtrees
-from arbs_jax.rules import Rule, Votes
+from arbs_jax.layers import COLLECTION, PROBES
+from arbs_jax.models.stages import Carry, Events, Stage, Subtrees
+from arbs_jax.rules import Rule
 from arbs_jax.rules.base import Report, add_reports, empty_report
 from arbs_jax.state import MatrixSpec, flatten_specs, map_matrices
+from arbs_jax.training import table_votes
+from arbs_jax.training.bookkeeping import observed, with_memory
+from arbs_jax.training.micro_batches import map_micro
+from arbs_jax.training.table_votes import RowVotes
 from arbs_jax.votes import each_expert, make_probes, matrix_key, matrix_vote
-
-RowVotes = dict[str, Votes]
-"""Votes on sparse tables by path."""
 
 
 class Swept(NamedTuple):
@@ -90,18 +91,15 @@ class Sweep:
         """
         memory = memory or {}
         for stage in self.stages:
-            sparse = [path for name in stage.keys for path, spec in self._specs(name).items() if spec.sparse]
-            if stage.stacked and sparse:
-                raise ConfigError(
-                    f"a stacked stage cannot have a sparse table, got {sparse}; give it a stage of its own"
-                )
-        bound = replace(self, stages=tuple(_with_memory(stage, memory) for stage in self.stages))
+            table_votes.check(stage, self.specs)
+        bound = replace(self, stages=tuple(with_memory(stage, memory) for stage in self.stages))
         saved, loss, events, terms = bound._forward(ternary, batch)
         if self.axis_name is not None:
             loss, terms = jax.lax.pmean((loss, terms), self.axis_name)
         moves = jnp.isfinite(loss) & ~blocked
         ternary, report = bound._backward(ternary, saved, batch, step, key, moves)
-        ternary, memory = self._observed(ternary, memory, events, step, key, moves)
+        seen = [self._gathered(own) for own in events]
+        ternary, memory = observed(self.stages, seen, ternary, memory, step, key, moves)
         return Swept(ternary, loss, moves, report, memory, terms)
 
     def _forward(self, ternary: Subtrees, batch: Any) -> tuple[list[Any], jax.Array, list[Events], dict[str, Any]]:
@@ -118,27 +116,6 @@ class Sweep:
                 events.append(seen)
             saved.append(kept)
         return saved, jnp.mean(carry), events, jax.tree.map(jnp.mean, terms)
-
-    def _observed(
-        self,
-        ternary: Subtrees,
-        memory: Subtrees,
-        events: list[Events],
-        step: jax.Array,
-        key: jax.Array,
-        moves: jax.Array,
-    ) -> tuple[Subtrees, Subtrees]:
-        """State and memory after every stage has observed what happened, where the step moves."""
-        for position, stage in enumerate(self.stages):
-            if stage.observe is None:
-                continue
-            # Apart from the keys of votes and those of layers.
-            own = jax.random.fold_in(key, 2**31 + 2**30 + position)
-            observe = partial(_observe, stage.observe, self._gathered(events[position]), step, own)
-            parts = {name: ternary[name] for name in stage.keys}, {name: memory[name] for name in stage.memory}
-            subtrees, kept = jax.lax.cond(moves, observe, lambda *parts: parts, *jax.lax.optimization_barrier(parts))
-            ternary, memory = ternary | subtrees, memory | kept
-        return ternary, memory
 
     def _stacked_forward(
         self, stage: Stage, stack: Any, carry: Carry, batch: Any
@@ -215,7 +192,9 @@ class Sweep:
                     before, cast = jax.tree.map(lambda leaf: leaf[None], (ternary[name], total))
                     moved, own = self._moved(name, before, cast, step, key[None], moves)
                     moved = jax.tree.map(lambda leaf: leaf[0], moved)
-                    ternary[name], touched = self._tables_moved(name, moved, waiting, step, key, moves)
+                    ternary[name], touched = table_votes.move(
+                        self.rule, self._specs(name), name, moved, waiting, step, key, moves
+                    )
                     report = add_reports(report, own, *touched)
         return ternary, report
 
@@ -277,7 +256,7 @@ class Sweep:
             after, pull, extra = self._vjp(stage, subtrees, carry, batch)
             return after, (pull, *extra)
 
-        return _map_micro(one, (carry, batch))
+        return map_micro(one, (carry, batch))
 
     def _micro_backward(
         self,
@@ -307,14 +286,14 @@ class Sweep:
                 )
                 for name, subtree in subtrees.items()
             }
-            return (cotangent, self._row_votes(subtrees, collected, own)), votes
+            return (cotangent, table_votes.cast(self.rule, self.specs, subtrees, collected, own)), votes
 
         micro = jax.tree.leaves(batch)[0].shape[0]
         indices = jnp.arange(micro, dtype=jnp.int32)
         if self.axis_name is not None:
             # Numbered over all shards, so that random bits do not depend on how the micro-batches are spread.
             indices += micro * jax.lax.axis_index(self.axis_name)
-        (cotangent, rows), votes = _map_micro(one, (saved, cotangent, batch, indices), summed=True)
+        (cotangent, rows), votes = map_micro(one, (saved, cotangent, batch, indices), summed=True)
         if self.axis_name is not None:
             votes = jax.tree.map(lambda leaf: jax.lax.psum(leaf, self.axis_name), votes)
         rows = {path: tables.stacked(self.rule, vote) for path, vote in self._gathered(rows).items()}
@@ -345,34 +324,6 @@ class Sweep:
         if self.axis_name is None:
             return tree
         return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.axis_name, tiled=True), tree)
-
-    def _row_votes(self, subtrees: Subtrees, collected: Subtrees, key: jax.Array) -> RowVotes:
-        found: RowVotes = {}
-        for name, subtree in subtrees.items():
-            specs = self._specs(name)
-
-            def cast(path: str, matrix: Any, own: Any, specs: dict[str, MatrixSpec] = specs) -> None:
-                if specs[path].sparse:
-                    found[path] = matrix_vote(self.rule, specs[path], matrix, own, matrix_key(key, path))
-
-            map_matrices(cast, subtree, collected[name], prefix=name)
-        return found
-
-    def _tables_moved(
-        self, name: str, subtree: Any, votes: RowVotes, step: jax.Array, key: jax.Array, moves: jax.Array
-    ) -> tuple[Any, list[Report]]:
-        """The subtree with its sparse tables after their votes, and their reports."""
-        specs, reports = self._specs(name), []
-
-        def move(path: str, matrix: Any) -> Any:
-            if not votes.get(path):
-                return matrix
-            own = matrix_key(key, path)
-            moved, report = tables.move(self.rule, matrix, votes[path], specs[path], step, own, moves)
-            reports.append(report)
-            return moved
-
-        return map_matrices(move, subtree, prefix=name), reports
 
     def _vote(self, spec: MatrixSpec, matrix: Any, collected: Any, key: jax.Array) -> Any:
         # Votes on the rows of sparse tables are not summed: they go another way.
@@ -426,25 +377,6 @@ class Sweep:
         return flatten_specs(self.specs[name], name)
 
 
-def _observe(
-    observe: Observe, events: Events, step: jax.Array, key: jax.Array, subtrees: Subtrees, memory: Subtrees
-) -> tuple[Subtrees, Subtrees]:
-    return observe(subtrees, memory, events, step, key)
-
-
-def _with_memory(stage: Stage, memory: Subtrees) -> Stage:
-    """The stage with its parts of the memory among the variables."""
-    missing = [name for name in stage.memory if name not in memory]
-    if missing:
-        raise ConfigError(
-            f"stage {stage.keys} reads memory {missing}, and there is {sorted(memory)}; make it at the start"
-        )
-    if not stage.memory:
-        return stage
-    parts = {MEMORY: {name: memory[name] for name in stage.memory}}
-    return replace(stage, apply=lambda variables, carry, batch: stage.apply(variables | parts, carry, batch))
-
-
 def _keys(name: str, subtree: Any, key: jax.Array) -> Any:
     """A key for every matrix, nested like the state."""
     return map_matrices(lambda path, _: matrix_key(key, path), subtree, prefix=name)
@@ -481,23 +413,3 @@ def _together(function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix
         for index, path in enumerate(paths):
             results[path] = jax.tree.map(lambda leaf, at=index: leaf[at], out)
     return map_matrices(lambda path, *_: results[path], trees[0], prefix=prefix)
-
-
-def _map_micro(function: Callable[[Any], tuple[Any, Any]], entries: Any, *, summed: bool = False) -> tuple[Any, Any]:
-    """`function` over the leading axis of `entries`, one at a time; its second result stacked, or summed exactly."""
-    micro = jax.tree.leaves(entries)[0].shape[0]
-    first = jax.tree.map(lambda leaf: leaf[0], entries)
-    if micro == 1:
-        out, extra = function(first)
-        lift = lambda tree: jax.tree.map(lambda leaf: leaf[None], tree)  # noqa: E731
-        return lift(out), extra if summed else lift(extra)
-    if not summed:
-        return jax.lax.map(function, entries)
-
-    def body(total: Any, entry: Any) -> tuple[Any, Any]:
-        out, extra = function(entry)
-        return jax.tree.map(jnp.add, total, extra), out
-
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first)[1])
-    total, out = jax.lax.scan(body, zeros, entries)
-    return out, total

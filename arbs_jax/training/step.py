@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from arbs_jax.compilation import deterministic_options
 from arbs_jax.errors import StateError
 from arbs_jax.rules.base import shares
 from arbs_jax.rules.noise import run_key
@@ -73,5 +74,5 @@ def make_step(sweep: Sweep, seed: int) -> StepFunction:
 
 
 def jit_step(step: StepFunction) -> Any:
-    """The step compiled once, its state donated so that the update is in place."""
-    return jax.jit(step, donate_argnums=0)
+    """The step compiled once, its state donated so that the update is in place, to repeat bit for bit."""
+    return jax.jit(step, donate_argnums=0, compiler_options=deterministic_options())

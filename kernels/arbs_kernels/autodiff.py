@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from arbs_kernels.correlation_score import correlation_score, score_of_gradient, weight_gradient
 from arbs_kernels.packed_matmul import packed_matmul, packed_matmul_input_gradient
-from arbs_kernels.row_gather import packed_row_gather
+from arbs_kernels.row_gather import packed_row_gather, sums_of_rows
 from arbs_kernels.shapes import group_count
 
 Leaves = Mapping[str, jax.Array]
@@ -191,9 +191,8 @@ def _gather_backward(spec: MatmulSpec, dtype: jnp.dtype, saved, dy: jax.Array):
     ids, leaves, kinds = saved
 
     def dw(dtype: jnp.dtype) -> jax.Array:
-        rows = dy.reshape(-1, spec.in_features).astype(jnp.float32)
-        table = jnp.zeros((leaves["trits"].shape[0], spec.in_features), jnp.float32)
-        return table.at[ids.reshape(-1)].add(rows).astype(dtype)
+        rows = dy.reshape(-1, spec.in_features)
+        return sums_of_rows(ids.reshape(-1), rows, leaves["trits"].shape[0]).astype(dtype)
 
     def score() -> jax.Array:
         return score_of_gradient(dw(jnp.float32), leaves["trits"], group_size=spec.group_size)

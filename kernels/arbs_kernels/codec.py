@@ -81,6 +81,17 @@ def unpack_planes(packed: jax.Array) -> jax.Array:
     return digit.astype(jnp.int8) - np.int8(1)
 
 
+def digits(packed: jax.Array) -> list[jax.Array]:
+    """The five digits (trits plus 1) of every byte, each uint8 of the shape of `packed`; 1 past the last column.
+
+    For what is counted byte by byte, where the order of columns does not matter.
+    """
+    return [
+        (((packed * np.uint8(3**i)).astype(jnp.uint16) * jnp.uint16(3)) >> 8).astype(jnp.uint8)
+        for i in range(TRITS_PER_BYTE)
+    ]
+
+
 def valid_codes(packed: np.ndarray) -> np.ndarray:
     """Boolean array: which bytes are among the 243 codes that `pack_rows` writes."""
     value = np.arange(243)

@@ -8,7 +8,7 @@ from support import random_matrix, values_of
 
 from arbs_kernels import backends
 from arbs_kernels.cases import SMALL_CASES
-from arbs_kernels.row_gather import packed_row_gather
+from arbs_kernels.row_gather import packed_row_gather, reference, sums_of_rows
 from arbs_kernels.selection import UnsupportedError
 
 
@@ -99,3 +99,15 @@ def test_refuses(changes, message):
 def test_an_unknown_implementation_is_an_error_that_lists_the_known():
     with pytest.raises(UnsupportedError, match=r"no implementation 'abacus'; pass one of .*xla"):
         refused(implementation="abacus")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_of_rows(dtype):
+    ids = np.array([3, 0, 3, 7, 3, 1])  # 7 is no row of the table
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), dtype)
+    expected = np.zeros((4, 5))
+    np.add.at(expected, ids[ids < 4], np.asarray(rows, np.float64)[ids < 4])
+    for sums in (sums_of_rows, reference.sums_by_scatter, reference.sums_by_product):
+        found = sums(jnp.asarray(ids, jnp.int32), rows, 4)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, atol=3 * 2**-22)  # three summands below 4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import assert_trees_equal, int64
 
-from arbs_kernels.row_update import put_rows, rows_of, unique_rows
+from arbs_kernels.row_update import put_rows, rows_of, sum_rows, unique_rows
 
 N = 11
 
@@ -129,3 +129,34 @@ def test_nothing_of_the_tables_size_is_made():
 def test_refuses(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("low", [-40, 0])
+def test_sums_of_rows_are_close_and_the_same_in_any_order(low):
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((50, 7)) * np.exp2(rng.uniform(low, 20, (50, 1)))).astype(np.float32)
+    place, order = rng.integers(-1, 10, 50).astype(np.int32), rng.permutation(50)
+    got = sum_rows(values, place, 9)
+    np.testing.assert_array_equal(got, sum_rows(values[order], place[order], 9))
+    for at in range(9):
+        own = values[place == at].astype(np.float64)
+        bound = len(own) ** 2 * np.abs(own).max() * 2.0**-29
+        # The sum is rounded to float32 at the end.
+        assert (np.abs(got[at] - own.sum(axis=0)) <= bound + np.abs(own.sum(axis=0)) * 2.0**-24).all()
+
+
+def test_sums_of_whole_numbers_are_exact_and_empty_places_are_zero():
+    values = np.random.default_rng(1).integers(-(2**20), 2**20, (30, 5)).astype(np.float32)
+    place = np.arange(30, dtype=np.int32) % 3
+    expected = np.stack([*(values[place == at].sum(axis=0) for at in range(3)), np.zeros(5)])
+    np.testing.assert_array_equal(sum_rows(values, place, 4), expected)
+
+
+def test_sums_that_are_not_finite_say_so():
+    values = np.full((4, 2), 3e38, np.float32)
+    assert np.isinf(sum_rows(values, np.zeros(4, np.int32), 1)).all()
+    values[1, 0] = np.inf
+    got = np.asarray(sum_rows(values, np.asarray([0, 1, 2, 3], np.int32), 4))
+    assert np.isnan(got).any(axis=1).tolist() == [False, True, False, False]
+    with pytest.raises(ValueError, match=r"values must be \(M, K\) with M = 3 places, got \(4, 2\)"):
+        sum_rows(values, np.zeros(3, np.int32), 1)

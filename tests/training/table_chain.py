@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from arbs_jax import Integral, TernaryConfig, TernaryDense, TernaryExperts, TernaryTable
 from arbs_jax.models.stages import Stage
-from arbs_jax.rules import Schedule
+from arbs_jax.rules import RuleConfig, Schedule, make_rule
 from arbs_jax.state import MatrixSpec
 from arbs_kernels.row_update import put_rows
 
@@ -106,6 +106,11 @@ def state(rule: Any = RULE, rows: int = ROWS, width: int = WIDTH) -> dict[str, A
         "loop": dense.init(keys[1], x)["ternary"],
         "last": dense.init(keys[2], x)["ternary"],
     }
+
+
+def latent() -> Any:
+    """A rule that rounds at random, in votes and updates, and keeps moments of rows."""
+    return make_rule(RuleConfig("latent18", warmup=2), steps=20, votes_per_step=2)
 
 
 def memory(rows: int = ROWS, micro: int = 2) -> dict[str, Any]:

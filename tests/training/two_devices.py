@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import table_chain
 import toy_chain
 from jax.sharding import PartitionSpec
 from support import assert_trees_equal
@@ -86,6 +87,34 @@ def main():
     assert_trees_equal(got.ternary, clean.ternary)
     assert_replicated(got)
     print("poison")
+
+    check_tables()
+    print("tables")
+
+
+def check_tables():
+    """Rows and events gathered over shards: those of as many micro-batches, in their order."""
+    rule = table_chain.latent()
+
+    def step(axis_name=None):
+        return make_step(Sweep(table_chain.stages(rule), rule, table_chain.specs(), axis_name=axis_name), seed=3)
+
+    def run(step):
+        state = fresh_state(table_chain.state(rule), table_chain.memory())
+        for seed in range(2):
+            state, metrics = step(state, table_chain.batches(seed=seed))
+        return state, metrics
+
+    mesh = jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = partial(jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(AXIS)), check_vma=False)
+    (expected, metrics), (got, sharded_metrics) = (
+        run(jax.jit(step())),
+        run(jax.jit(mapped(step(AXIS), out_specs=PartitionSpec()))),
+    )
+    assert_trees_equal(got, expected)
+    assert_replicated(got)
+    assert int(got.ternary["front"]["book"]["votes"]) == 4
+    np.testing.assert_allclose(sharded_metrics["loss/square"], metrics["loss/square"], rtol=1e-6)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ def take(leaf: jax.Array, ids: jax.Array) -> jax.Array:
 
 def put(leaf: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
     """The leaf with rows `ids (U,)` replaced by `rows (..., U, width)`; ids outside the table write nothing."""
-    return leaf.at[..., ids, :].set(rows, mode="drop", wrap_negative_indices=False)
+    # Ids that write nothing are made different, too: writes that might meet a GPU held to an order does one by one.
+    height, ids = leaf.shape[-2], ids.astype(jnp.int32)
+    apart = jnp.where((ids >= 0) & (ids < height), ids, height + jnp.arange(ids.shape[0], dtype=jnp.int32))
+    return leaf.at[..., apart, :].set(rows, mode="drop", unique_indices=True, wrap_negative_indices=False)
 
 
 def sums(values: jax.Array, place: jax.Array, size: int) -> jax.Array:

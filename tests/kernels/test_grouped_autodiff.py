@@ -1,0 +1,102 @@
+"""Products by expert under `jax.grad`: those of every expert's matrix by itself."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arbs_kernels.autodiff import MatmulSpec, make_probe, ternary_matmul
+from arbs_kernels.codec import pack_rows
+from arbs_kernels.grouped_autodiff import ternary_grouped_matmul
+from arbs_kernels.grouped_matmul import grouped_weight_gradient
+
+X, N, K, G, M = 3, 5, 12, 4, 9
+SIZES = jnp.asarray([4, 0, 3], jnp.int32)
+SPANS = ((0, 4), (4, 4), (4, 7))
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """`S = 2^E`: with small integers as activations every product is exact in float32."""
+
+    def scale(self, leaves, group_size):
+        return jnp.exp2(leaves["exponent"].astype(jnp.float32))
+
+
+SPEC = MatmulSpec(K, G, PowerLaw())
+
+
+@pytest.fixture(scope="module")
+def problem():
+    rng = np.random.default_rng(0)
+    leaves = {
+        "trits": pack_rows(jnp.asarray(rng.integers(-1, 2, (X, N, K)), jnp.int8)),
+        "exponent": jnp.asarray(rng.integers(-2, 2, (X, N, -(-K // G))), jnp.int8),
+    }
+    x, gy = (jnp.asarray(rng.integers(-3, 4, (M, width)), jnp.float32) for width in (K, N))
+    return x, gy, leaves
+
+
+def probes(kind):
+    return jax.tree.map(lambda leaf: jnp.zeros((X, *leaf.shape), leaf.dtype), make_probe(kind, N, K, G))
+
+
+@pytest.mark.parametrize("kind", ["score", "gradient"])
+def test_equals_the_matrices_one_by_one(problem, kind):
+    x, gy, leaves = problem
+
+    @jax.jit
+    def both(x, probe):
+        loss = lambda x, probe: jnp.sum(ternary_grouped_matmul(x, SIZES, leaves, SPEC, probe) * gy)  # noqa: E731
+        return jax.grad(loss, (0, 1))(x, probe)
+
+    y = ternary_grouped_matmul(x, SIZES, leaves, SPEC)
+    dx, votes = both(x, probes(kind))
+    for expert, (start, end) in enumerate(SPANS):
+        own = jax.tree.map(lambda leaf, at=expert: leaf[at], leaves)
+        if start == end:
+            assert not any(np.asarray(leaf[expert]).any() for leaf in votes.values())
+            continue
+
+        def loss(x, probe, own=own, start=start, end=end):
+            return jnp.sum(ternary_matmul(x, own, SPEC, probe) * gy[start:end])
+
+        np.testing.assert_array_equal(y[start:end], ternary_matmul(x[start:end], own, SPEC))
+        own_dx, own_votes = jax.grad(loss, (0, 1))(x[start:end], make_probe(kind, N, K, G))
+        np.testing.assert_array_equal(dx[start:end], own_dx)
+        for name, vote in own_votes.items():
+            np.testing.assert_array_equal(votes[name][expert], vote)
+    # The rows of no expert.
+    assert not np.asarray(y[7:]).any()
+    assert not np.asarray(dx[7:]).any()
+
+
+def test_uses_in_a_loop_add_up(problem):
+    """And an expert counts for those uses alone in which it had rows."""
+    x, gy, leaves = problem
+    sizes = jnp.asarray([[4, 0, 3], [0, 0, 9], [4, 0, 9]], jnp.int32)
+
+    def loss(probe):
+        body = lambda total, own: (total + jnp.sum(ternary_grouped_matmul(x, own, leaves, SPEC, probe) * gy), None)  # noqa: E731
+        return jax.lax.scan(body, jnp.float32(0), sizes)[0]
+
+    assert jax.grad(loss)(probes("score"))["count"].tolist() == [2, 0, 3]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_weight_gradient_is_in_the_dtype_asked_for(problem, dtype):
+    x, gy, _ = problem
+    got = grouped_weight_gradient(x, gy, SIZES, dtype=jnp.dtype(dtype))
+    assert got.dtype == dtype
+    for expert, (start, end) in enumerate(SPANS):
+        np.testing.assert_array_equal(got[expert], np.asarray(gy[start:end]).T @ np.asarray(x[start:end]))
+
+
+def test_what_does_not_fit_is_refused(problem):
+    x, gy, _ = problem
+    with pytest.raises(ValueError, match=r"group_sizes must be int32 \(X,\), got float32 \(3,\)"):
+        grouped_weight_gradient(x, gy, SIZES.astype(jnp.float32))
+    with pytest.raises(ValueError, match="x and dy must agree in rows"):
+        grouped_weight_gradient(x, gy[:3], SIZES)
