@@ -18,7 +18,7 @@ from arbs_kernels.row_update import put_rows, rows_of
 def observe_edges(config: EdgeConfig, edges: Edges, ids: jax.Array, agreement: jax.Array, step: jax.Array) -> Edges:
     """The edges after the meetings of one step, from however many sequences.
 
-    An edge gains the agreements of its pair, by its sign, and loses its *share*: one for every `rival` meetings in its
+    An edge gains the agreements of its pair, by its sign, and loses its *share*: one for every `toll` meetings in its
     bucket (of its destination, if dense). So edges stay whose agreements outweigh an even share of the traffic, as in
     counting frequent items with few counters (Misra and Gries, 1982). Those that became too weak leave. Pairs that met
     but had no edge are admitted if their agreements outweigh the share: those of a bucket in order of how often they
@@ -85,11 +85,11 @@ def _observe_dense(
 
 
 def _share(config: EdgeConfig, met: jax.Array, number: jax.Array, step: jax.Array) -> jax.Array:
-    """`met / rival`, rounded down or up in turn, so that the mean over steps is right; int32 like `met`.
+    """`met / toll`, rounded down or up in turn, so that the mean over steps is right; int32 like `met`.
 
     `met` counts the meetings of each bucket or motif, whose `number` staggers the turns. 0 where nobody met.
     """
-    return jnp.where(met > 0, (met + (step + number) % config.rival) // config.rival, 0)
+    return jnp.where(met > 0, (met + (step + number) % config.toll) // config.toll, 0)
 
 
 @jax.tree_util.register_dataclass

@@ -47,13 +47,13 @@ class EdgeConfig:
     """A new edge takes the weakest slot of its bucket if that one's score is at most this (an empty one has 0)."""
     evict: int = 1
     """Edges whose score falls below this give up their slot."""
-    rival: int = 16
+    toll: int = 16
     """An edge loses 1 for every so many meetings in its bucket: it must earn that share of them to stay."""
     dense_motifs: int = 512
     """Graphs of up to this many motifs keep a score for every pair, and no slots."""
 
     def __post_init__(self) -> None:
-        for name in ("motifs", "buckets", "degree", "window", "rival"):
+        for name in ("motifs", "buckets", "degree", "window", "toll"):
             if not 1 <= getattr(self, name) < 2**31:
                 raise ConfigError(f"edges.{name} must be in [1, 2^31), got {getattr(self, name)}")
         for name, low in (("gain", 1), ("threshold", 1), ("admit", 0), ("evict", 1)):

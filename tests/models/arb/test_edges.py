@@ -13,8 +13,8 @@ from arbs_jax.errors import ConfigError
 from arbs_jax.models.arb.edge_updates import observe_edges
 from arbs_jax.models.arb.edges import EdgeConfig, bucket_of, empty_edges, incoming, pair_weights
 
-SLOTS = EdgeConfig(motifs=40, buckets=7, degree=3, window=2, gain=3, threshold=2, admit=1, rival=9, dense_motifs=0)
-DENSE = EdgeConfig(motifs=6, window=2, gain=50, threshold=2, rival=8)
+SLOTS = EdgeConfig(motifs=40, buckets=7, degree=3, window=2, gain=3, threshold=2, admit=1, toll=9, dense_motifs=0)
+DENSE = EdgeConfig(motifs=6, window=2, gain=50, threshold=2, toll=8)
 BATCH, LENGTH = 3, 11
 BUCKETS = np.asarray(bucket_of(SLOTS, jnp.arange(SLOTS.motifs, dtype=jnp.int32)))
 
@@ -49,7 +49,7 @@ class Oracle:
             slots = self.buckets[bucket]
             pairs = {pair: total for pair, total in totals.items() if BUCKETS[pair[0]] == bucket}
             met = sum(count for count, _ in pairs.values())
-            share = (met + (step + bucket) % config.rival) // config.rival
+            share = (met + (step + bucket) % config.toll) // config.toll
             for slot in slots:
                 _, evidence = pairs.pop((slot[1], slot[0]), (0, 0))
                 if slot[1] >= 0:
@@ -106,7 +106,7 @@ def test_dense_scores_follow_the_oracle_to_both_ends():
         totals = meetings(DENSE, ids, agreement)
         for destination in {pair[0] for pair in totals}:
             met = sum(count for pair, (count, _) in totals.items() if pair[0] == destination)
-            share = (met + (step + destination) % DENSE.rival) // DENSE.rival
+            share = (met + (step + destination) % DENSE.toll) // DENSE.toll
             for source in range(6):
                 score = int(expected[destination, source])
                 aim = score + totals.get((destination, source), (0, 0))[1]
@@ -165,7 +165,7 @@ def test_strong_edges_and_no_others_are_read(config):
 @pytest.mark.slow
 def test_partners_are_found_among_noise():
     """Motifs from 20 on follow a partner of theirs, at one or two positions; seven times of ten it agrees."""
-    config = replace(SLOTS, motifs=40, buckets=64, degree=4, gain=8, threshold=4, rival=16)
+    config = replace(SLOTS, motifs=40, buckets=64, degree=4, gain=8, threshold=4, toll=16)
     partner = np.random.default_rng(4).permutation(20)
     rng, edges = np.random.default_rng(5), empty_edges(config)
     for step in range(60):
