@@ -24,7 +24,7 @@ from arbs_jax.models.arb.config import ArbConfig
 from arbs_jax.models.arb.edges import empty_edges
 from arbs_jax.models.arb.head import ByteHead, OutputRouter, TalkerHead, VideoHead
 from arbs_jax.models.arb.kg import CompositeCodebook
-from arbs_jax.models.arb.loop import LoopOutput, MoEGraph
+from arbs_jax.models.arb.loop import MoEGraph
 from arbs_jax.models.arb.memgram import MemGram, empty_memgram
 from arbs_jax.models.arb.reader import LedgerReader
 from arbs_jax.models.arb.sequencer import TextSequencer
@@ -128,8 +128,8 @@ class ArbLM(nn.Module):
 
     def reason(
         self, x_BxSxD: jax.Array, context_BxSxD: jax.Array | None, ids_BxS: jax.Array, memory: Memory
-    ) -> LoopOutput:
-        """What the loop makes of the positions and their motifs, int32, -1 for none."""
+    ) -> Any:
+        """What the loop makes of the positions and their motifs, int32, -1 for none: a `LoopOutput`."""
         return self.loop(x_BxSxD, ids_BxS, memory.get("edges"), context_BxSxD)
 
     def answer(self, x_BxSxD: jax.Array, context_BxSxD: jax.Array | None) -> jax.Array:

@@ -36,8 +36,9 @@ def arb_stages(config: ArbConfig, ternary: TernaryConfig) -> tuple[Stage, ...]:
     if config.attention_part is not None:
         stages += [Stage(("blocks",), parts.block, stacked=True), Stage(("reader",), parts.remember)]
     if config.loop_part is not None:
-        counted = {} if config.loop_part.graph is None else {"memory": ("edges",), "observe": parts.meet}
-        stages.append(Stage(("loop",), parts.reason, **counted))
+        graph = config.loop_part.graph is not None
+        memory, observe = (("edges",), parts.meet) if graph else ((), None)
+        stages.append(Stage(("loop",), parts.reason, memory=memory, observe=observe))
     last = ("head",) if config.vq_part is None else ("head", "foresight")
     return (*stages, Stage(last, parts.answer))
 
