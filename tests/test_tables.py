@@ -67,14 +67,14 @@ def rows_that_differ(rule, one, two):
     return found
 
 
-@pytest.mark.parametrize("name", ["bigint", "integral"])
+@pytest.mark.parametrize("name", [pytest.param("bigint", marks=pytest.mark.slow), "integral"])
 def test_a_step_is_that_of_the_dense_table(name):
     sparse, dense = Case(name), Case(name, TernaryEmbed)
     assert_trees_equal(sparse.after(sparse.votes(0), sparse.votes(1)), dense.after(dense.votes(0), dense.votes(1)))
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("latent4", "latent6"))) for name in RULES]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("integral", "latent10"))) for name in RULES]
 )
 def test_only_touched_rows_move_in_any_order(name):
     case = Case(name)
@@ -108,6 +108,7 @@ def test_moments_of_a_row_are_of_the_votes_that_touched_it():
     assert np.abs(moments[taken > 0] - expected).max() <= 1.5
 
 
+@pytest.mark.slow
 def test_padding_changes_no_step():
     """The same rows looked up once each, or twice with half the gradient and many slots left over."""
     case = Case("latent10")

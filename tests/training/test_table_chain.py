@@ -120,6 +120,7 @@ def test_blocked_or_not_finite_leaves_every_bit(ternary, swept, blocked):
     assert_trees_equal(got.memory, table_chain.memory())
 
 
+@pytest.mark.slow
 def test_keeping_activations_changes_nothing(ternary, swept):
     sweep = Sweep(table_chain.stages(), RULE, table_chain.specs(), remat=False)
     batch = table_chain.batches()
