@@ -10,8 +10,11 @@ import pytest
 from arbs_jax.cli.text import StreamDecoder, inference_variables, printable, sample_bytes
 from arbs_jax.config import RunConfig, TrainConfig
 from arbs_jax.errors import ConfigError
-from arbs_jax.layers import DENSE
+from arbs_jax.layers import DENSE, TernaryConfig
 from arbs_jax.models import ModelConfig, preset
+from arbs_jax.models.arb.config import ArbConfig
+from arbs_jax.models.arb.model import ArbLM, empty_memory
+from arbs_jax.models.decoders import Decoder, decoder_of
 from arbs_jax.sampling import Generator, SamplingConfig, choose
 from arbs_jax.training.program import Program
 
@@ -76,6 +79,90 @@ def test_packed_and_dense_weights_draw_the_same(small: tuple[Program, dict]):
     dense = bytes(sample_bytes(program, state, b"abc", 30, SamplingConfig(seed=9)))
     assert dense == bytes(sample_bytes(program, state, b"abc", 30, SamplingConfig(seed=9), packed=True))
     assert dense != bytes(sample_bytes(program, state, b"abc", 30, SamplingConfig(seed=10)))
+
+
+class Summing:
+    """Stands for a model: the next byte is the sum of all that were read, and their number."""
+
+    class Decoder:
+        least, padded = 3, False
+
+        def __init__(self) -> None:
+            self.lengths: list[int] = []
+
+        def start(self, length: int) -> dict[str, jax.Array]:
+            self.lengths.append(length)
+            return {"sum": jnp.zeros((), jnp.int32)}
+
+        def feed(self, variables: dict, state: dict, tokens: jax.Array, count: jax.Array):
+            total = state["sum"] + jnp.sum(tokens, dtype=jnp.int32) + jnp.int32(tokens.shape[1])
+            return jnp.where(jnp.arange(288, dtype=jnp.int32) == total % 256, 1.0, 0.0), {"sum": total}
+
+
+@decoder_of.register
+def _(model: Summing) -> Decoder:
+    return Summing.Decoder()
+
+
+def summed(text: bytes, room: int, count: int) -> bytes:
+    """The bytes that `Summing` makes of a text, by the definition."""
+    kept, made = list(text), []
+    for _ in range(count):
+        if len(kept) > room:
+            kept = kept[-max(room // 2, 3) :]
+        made.append((sum(kept) + len(kept)) % 256)
+        kept.append(made[-1])
+    return bytes(made)
+
+
+def test_a_model_that_takes_no_padding_reads_its_least_bytes():
+    for prompt, room in [(b"abcd", 6), (b"abcdefghijk", 6), (b"abc", 3), (b"abcdefg", 20)]:
+        generator = Generator(Summing(), {}, GREEDY, room)
+        assert bytes(generator(prompt, 9)) == summed(prompt, room, 9)
+        assert set(generator.decoder.lengths) == {room}  # pyrefly: ignore[missing-attribute]
+    for prompt, read in [(b"a", b"\n\na"), (b"ab", b"\nab")]:
+        assert bytes(Generator(Summing(), {}, GREEDY, 8)(prompt, 5)) == summed(read, 8, 5)
+
+
+def test_an_unknown_model_is_named():
+    with pytest.raises(TypeError, match="no decoder for int; register one"):
+        next(Generator(3, {}, GREEDY, 8)(b"a", 1))
+
+
+def tiny_arb() -> tuple[ArbLM, dict]:
+    """An ARB model with random weights and bookkeeping."""
+    config = ArbConfig(
+        width=16, embedding=8, sequencer_hidden=24, vq_rows=12, vq_dim=8, kg_rows=10, kg_hidden=8, memgram=True,
+        memgram_rows=50, layers=1, heads=2, head_dim=8, rope_dim=4, latent=8, hidden=24, ledger_stride=4,
+        ledger_slots=8, lookback=5, experts=3, expert_hidden=10, max_moe_iters=2, head_hidden=24, context=32,
+    )  # fmt: skip
+    model = ArbLM(config, TernaryConfig(group_size=8))
+    ternary = jax.jit(lambda: model.init(jax.random.key(1), jnp.zeros((1, 8), jnp.int32)))()["ternary"]
+    memory = empty_memory(config)
+    score = np.random.default_rng(0).integers(-9, 10, (12, 12))
+    return model, {"ternary": ternary, "memory": memory | {"edges": {"score": jnp.asarray(score, jnp.int8)}}}
+
+
+@pytest.mark.slow
+def test_an_arb_model_that_is_read_on_agrees_with_recomputing():
+    model, variables = tiny_arb()
+    weights, room = {"ternary": variables["ternary"]}, 12
+
+    @jax.jit
+    def forward(memory: dict, tokens: jax.Array) -> jax.Array:
+        return jnp.argmax(model.apply(weights, tokens, memory)[0, :, :256], axis=-1)
+
+    for prompt in (b"q", b"a prompt that does not fit"):
+        kept, expected = list(prompt.rjust(3, b"\n")), []
+        for _ in range(20):
+            if len(kept) > room:
+                kept = kept[-(room // 2) :]
+            padded = np.asarray([kept + [0] * (room - len(kept))], np.int32)
+            expected.append(int(forward(variables["memory"], padded)[len(kept) - 3]))
+            kept.append(expected[-1])
+        got = list(Generator(model, variables, GREEDY, room)(prompt, 20))
+        assert got == expected
+        assert len(set(got)) > 3
 
 
 def draws(logits: np.ndarray, config: SamplingConfig, count: int = 4000) -> np.ndarray:
