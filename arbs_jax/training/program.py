@@ -154,6 +154,11 @@ class Program:
         state = self.abstract_state
         self._nats.lower(state.ternary, state.memory, tokens, valid).compile()
 
+    def loss(self, state: TrainState, windows: Any) -> jax.Array:
+        """Mean nats per predicted byte of uint8 windows (B, T+1), float32 (), on the device."""
+        total = self._nats(state.ternary, state.memory, windows, np.ones(windows.shape[0], bool))
+        return total / (windows.shape[0] * self.family.predicted(windows.shape[1] - 1))
+
     def evaluate(self, state: TrainState, batches: list[ValidationBatch]) -> float:
         """Mean nats per predicted byte over all valid windows."""
         totals = [self._nats(state.ternary, state.memory, batch.windows, batch.valid) for batch in batches]
