@@ -6,6 +6,7 @@ from typing import Any
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.models.arb.config import ArbConfig
+from arbs_jax.models.arb.sequencer import TRIGRAM
 from arbs_jax.models.byte_lm import ModelConfig
 from arbs_jax.models.presets import PRESETS, family_name
 from arbs_jax.rules import DEFAULT_RULE, RuleConfig, default_group_size
@@ -129,6 +130,11 @@ class RunConfig:
             raise ConfigError(
                 f"--ctx {self.train.context} is longer than the model's context of {self.model.context} bytes; "
                 "lower it or choose another --preset"
+            )
+        if isinstance(self.model, ArbConfig) and self.train.context < TRIGRAM:
+            raise ConfigError(
+                f"--ctx {self.train.context} is too short for an ARB model, whose positions take {TRIGRAM} bytes; "
+                f"pass at least {TRIGRAM}"
             )
         if self.model.layers % (self.train.layers_at_once or 1):
             raise ConfigError(
