@@ -10,10 +10,8 @@ import pytest
 from arbs_jax.cli.text import StreamDecoder, inference_variables, printable, sample_bytes
 from arbs_jax.config import RunConfig, TrainConfig
 from arbs_jax.errors import ConfigError
-from arbs_jax.layers import DENSE, TernaryConfig
+from arbs_jax.layers import DENSE
 from arbs_jax.models import ModelConfig, preset
-from arbs_jax.models.arb.config import ArbConfig
-from arbs_jax.models.arb.model import ArbLM, empty_memory
 from arbs_jax.models.decoders import Decoder, decoder_of
 from arbs_jax.sampling import Generator, SamplingConfig, choose
 from arbs_jax.training.program import Program
@@ -127,42 +125,6 @@ def test_a_model_that_takes_no_padding_reads_its_least_bytes():
 def test_an_unknown_model_is_named():
     with pytest.raises(TypeError, match="no decoder for int; register one"):
         next(Generator(3, {}, GREEDY, 8)(b"a", 1))
-
-
-def tiny_arb() -> tuple[ArbLM, dict]:
-    """An ARB model with random weights and bookkeeping."""
-    config = ArbConfig(
-        width=16, embedding=8, sequencer_hidden=24, vq_rows=12, vq_dim=8, kg_rows=10, kg_hidden=8, memgram=True,
-        memgram_rows=50, layers=1, heads=2, head_dim=8, rope_dim=4, latent=8, hidden=24, ledger_stride=4,
-        ledger_slots=8, lookback=5, experts=3, expert_hidden=10, max_moe_iters=2, head_hidden=24, context=32,
-    )  # fmt: skip
-    model = ArbLM(config, TernaryConfig(group_size=8))
-    ternary = jax.jit(lambda: model.init(jax.random.key(1), jnp.zeros((1, 8), jnp.int32)))()["ternary"]
-    memory = empty_memory(config)
-    score = np.random.default_rng(0).integers(-9, 10, (12, 12))
-    return model, {"ternary": ternary, "memory": memory | {"edges": {"score": jnp.asarray(score, jnp.int8)}}}
-
-
-@pytest.mark.slow
-def test_an_arb_model_that_is_read_on_agrees_with_recomputing():
-    model, variables = tiny_arb()
-    weights, room = {"ternary": variables["ternary"]}, 12
-
-    @jax.jit
-    def forward(memory: dict, tokens: jax.Array) -> jax.Array:
-        return jnp.argmax(model.apply(weights, tokens, memory)[0, :, :256], axis=-1)
-
-    for prompt in (b"q", b"a prompt that does not fit"):
-        kept, expected = list(prompt.rjust(3, b"\n")), []
-        for _ in range(20):
-            if len(kept) > room:
-                kept = kept[-(room // 2) :]
-            padded = np.asarray([kept + [0] * (room - len(kept))], np.int32)
-            expected.append(int(forward(variables["memory"], padded)[len(kept) - 3]))
-            kept.append(expected[-1])
-        got = list(Generator(model, variables, GREEDY, room)(prompt, 20))
-        assert got == expected
-        assert len(set(got)) > 3
 
 
 def draws(logits: np.ndarray, config: SamplingConfig, count: int = 4000) -> np.ndarray:

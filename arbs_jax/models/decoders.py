@@ -62,9 +62,11 @@ class ByteDecoder:
     padded: bool = True
 
     def start(self, length: int) -> dict[str, Any]:
+        """See `Decoder`."""
         return {"cache": empty_cache(self.model.config, 1, length), "start": jnp.zeros((), jnp.int32)}
 
     def feed(self, variables: Any, state: Any, tokens_1xT: jax.Array, count: jax.Array) -> tuple[jax.Array, Any]:
+        """See `Decoder`."""
         # The padding's entries lie past the last real position: they are overwritten before they become visible.
         logits_1xTxV, cache = self.model.apply(variables, tokens_1xT, state["cache"], state["start"])
         return logits_1xTxV[0, count - 1], {"cache": cache, "start": state["start"] + count}
@@ -82,9 +84,11 @@ class ArbDecoder:
     padded: bool = False
 
     def start(self, length: int) -> Any:
+        """See `Decoder`."""
         return empty_decoding(self.model.config, 1, length)
 
     def feed(self, variables: Any, state: Any, tokens_1xT: jax.Array, count: jax.Array) -> tuple[jax.Array, Any]:
+        """See `Decoder`."""
         weights = {name: tree for name, tree in variables.items() if name != MEMORY}
         logits_1xSxV, state = decode(self.model, weights, variables.get(MEMORY), state, tokens_1xT)
         return logits_1xSxV[0, -1], state

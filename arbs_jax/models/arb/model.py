@@ -52,7 +52,7 @@ def empty_memory(config: ArbConfig) -> Memory:
 
 
 class ArbLM(nn.Module):
-    """Tokens, integer `(B, T)`, to float32 logits `(B, T - 2, 288)`; see the module."""
+    """Tokens, integer `(B, T)`, to float32 logits `(B, T - 2, 288)`; after a past `(B, T, 288)`. See the module."""
 
     config: ArbConfig
     ternary: TernaryConfig
