@@ -24,7 +24,7 @@ GREEDY = SamplingConfig(temperature=0)
 def small() -> tuple[Program, dict]:
     """A program of a toy model, and its dense variables."""
     program = Program(RunConfig(model=SMALL, train=TrainConfig(context=32)))
-    return program, inference_variables(program, program.init_state().ternary)
+    return program, inference_variables(program, program.init_state())
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_prompt_that_fits_is_read_to_its_first_byte(small: tuple[Program, dict
 
 def test_packed_and_dense_weights_draw_the_same(small: tuple[Program, dict]):
     program, _ = small
-    state = program.init_state().ternary
+    state = program.init_state()
     dense = bytes(sample_bytes(program, state, b"abc", 30, SamplingConfig(seed=9)))
     assert dense == bytes(sample_bytes(program, state, b"abc", 30, SamplingConfig(seed=9), packed=True))
     assert dense != bytes(sample_bytes(program, state, b"abc", 30, SamplingConfig(seed=10)))
@@ -195,7 +195,7 @@ def test_text_for_a_terminal():
 @pytest.mark.slow
 def test_the_cache_is_ten_times_as_fast_as_recomputing_512_bytes(capsys: pytest.CaptureFixture[str]):
     program = Program(RunConfig(preset="byte-25m", model=preset("byte-25m")))
-    variables = inference_variables(program, program.init_state().ternary)
+    variables = inference_variables(program, program.init_state())
     prompt = bytes(np.random.default_rng(0).integers(32, 127, 512 - 17).tolist())
     generator = Generator(program.model, variables, GREEDY, 512)
     # The state is an argument, not a constant of the program, as it is for the generator.

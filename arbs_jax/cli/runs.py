@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from arbs_jax.cli.options import newest_run, saved_config
 from arbs_jax.config import RunConfig
@@ -21,11 +20,6 @@ class OpenRun:
     program: Program
     state: TrainState
     """On the device."""
-
-    @property
-    def ternary(self) -> Any:
-        """Integer state of the matrices."""
-        return self.state.ternary
 
     @property
     def step(self) -> int:

@@ -265,7 +265,7 @@ def _plot(program: Program, inputs: Inputs, folder: RunFolder) -> None:
 def _show_outcome(program: Program, trainer: Trainer, began: float, inputs: Inputs, folder: RunFolder) -> None:
     progress, entropy = trainer.progress, inputs.unigram_entropy
     prompt = inputs.validation.read(0, min(32, len(inputs.validation))).tobytes()
-    text = prompt + bytes(sample_bytes(program, trainer.state.ternary, prompt, 240))
+    text = prompt + bytes(sample_bytes(program, trainer.state, prompt, 240))
     try:
         write_atomic(folder.samples, text)
     except OSError as error:
