@@ -131,7 +131,7 @@ class ByteHead(nn.Module):
     def setup(self) -> None:
         self.head_entry = HeadEntry(self.config, self.ternary)
         self.head_logits = output_head(self.ternary)
-        self.norm = TernaryRMSNorm()
+        self.head_norm = TernaryRMSNorm()
         if self.config.layers:
             self.head_layers = nn.scan(
                 HeadLayer,
@@ -150,7 +150,7 @@ class ByteHead(nn.Module):
 
     def logits(self, x_BxSxD: jax.Array) -> jax.Array:
         """Of what the last layer gives."""
-        return self.head_logits(self.norm(x_BxSxD)).astype(jnp.float32)
+        return self.head_logits(self.head_norm(x_BxSxD)).astype(jnp.float32)
 
 
 class VideoHead(nn.Module):

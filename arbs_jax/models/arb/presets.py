@@ -96,3 +96,38 @@ ARB_PRESETS: dict[str, ArbConfig] = {
         modality_hidden=1792,
     ),
 }
+"""`arb-tiny` is for tests and for trying things on a CPU. Of `arb-25m` a position reads some 25M weights beside its
+rows of the tables, as of `byte-25m`. `arb-3b` has 3.12e9 weights: what was free to choose went to the context blocks.
+Its head is many narrow layers, and its experts are many: what moves at once sets how much memory a step needs."""
+
+PARTS: dict[str, str] = {
+    "sequencer": "embedding and sequencer",
+    "vq": "VQ bridge",
+    "vq/codebook": "shared table",
+    "kg": "composite proposals",
+    "kg/book/codebook": "KG table",
+    "memgram": "n-gram memory",
+    "blocks": "attention",
+    "reader": "attention",
+    "loop": "MoE graph",
+    "loop/loop/experts/router": "router",
+    "head_entry": "byte head",
+    "head_layers": "byte head",
+    "head_logits": "byte head",
+    "foresight": "VQ bridge",
+    "video": "heads for other modalities",
+    "talker": "heads for other modalities",
+    "router": "router",
+}
+"""What the audit calls the parts of an ARB model, by the paths of their state (`arbs_jax.audit.audit`)."""
+
+
+def arb_preset(name: str, **changes: Any) -> ArbConfig:
+    """The preset of that name, with fields replaced.
+
+    Raises:
+        ConfigError: no such preset, or a field out of range.
+    """
+    if name not in ARB_PRESETS:
+        raise ConfigError(f"no preset {name!r}; pass one of {', '.join(ARB_PRESETS)}")
+    return replace(ARB_PRESETS[name], **changes)
