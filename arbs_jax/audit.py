@@ -1,7 +1,7 @@
 """Counting what persists: logical weights, bytes by leaf kind, bits per weight, and that no float is among them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,14 +30,16 @@ class Audit:
     bytes_by_leaf: dict[str, int]
     """Bytes by leaf name, largest first."""
     weights_by_part: dict[str, int]
-    """Logical weights by top-level part of the model."""
+    """Logical weights by part of the model, largest first."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict of the fields."""
         return asdict(self)
 
 
-def audit(variables: Tree, specs: Any, extra: Iterable[Any] = ()) -> Audit:
+def audit(
+    variables: Tree, specs: Any, extra: Iterable[Any] = (), parts: Mapping[str, str] | None = None
+) -> Audit:
     """Audits the collections of a model (arrays or `jax.ShapeDtypeStruct`s; nothing is allocated).
 
     Args:
@@ -45,11 +47,13 @@ def audit(variables: Tree, specs: Any, extra: Iterable[Any] = ()) -> Audit:
             and is counted on a line of its own.
         specs: `matrix_specs(model, ...)`.
         extra: further leaves that persist, such as the step counter.
+        parts: what parts are called, by the path of a subtree or matrix such as "vq/codebook"; the longest path that a
+            matrix lies under names its part, and without any its top-level subtree does.
     """
     ternary, by_path = variables.get(COLLECTION, {}), flatten_specs(specs)
     weights: dict[str, int] = {}
     for path, matrix in iter_matrices(ternary):
-        part = path.split("/", 1)[0]
+        part = _part(path, parts or {})
         weights[part] = weights.get(part, 0) + math.prod(by_path[path].shape) * math.prod(matrix["votes"].shape)
     leaves: dict[str, int] = {}
     for _, matrix in iter_matrices(ternary):
@@ -86,6 +90,12 @@ def require_integers(account: Audit) -> None:
             f"the persistent state must be integers only, found {account.float_params} float parameters and "
             f"{account.float_buffers} floats in buffers; keep them out of the model's collections"
         )
+
+
+def _part(path: str, parts: Mapping[str, str]) -> str:
+    names = path.split("/")
+    above = ("/".join(names[:depth]) for depth in range(len(names), 0, -1))
+    return next((parts[prefix] for prefix in above if prefix in parts), names[0])
 
 
 def _bytes(leaf: Any) -> int:

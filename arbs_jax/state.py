@@ -77,6 +77,11 @@ class MatrixSpec:
         return self.out_features, self.in_features
 
     @property
+    def weights(self) -> int:
+        """Logical weights, of all experts."""
+        return self.out_features * self.in_features * max(self.experts, 1)
+
+    @property
     def groups(self) -> int:
         """`R`, groups in a row."""
         return group_count(self.in_features, self.group_size)

@@ -28,6 +28,10 @@ from arbs_jax.training.table_votes import RowVotes
 from arbs_jax.votes import each_expert, make_probes, matrix_key, matrix_vote
 
 
+_MOST_TOGETHER = 2**22
+"""Weights of a matrix, or of a set of experts, beyond which it moves alone."""
+
+
 class Swept(NamedTuple):
     """What one step gives."""
 
@@ -395,14 +399,15 @@ def _vote_key(key: jax.Array, step: jax.Array, micro: jax.Array | int) -> jax.Ar
 def _together(function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix: str, *trees: Any) -> Any:
     """`function(spec, *nodes)` for every matrix of the trees, nested like the first of them.
 
-    Matrices of one shape go through one vmapped call: fewer, larger operations to compile and to launch. Sparse tables
-    do not, for they would be copied whole.
+    Matrices of one shape go through one vmapped call: fewer, larger operations to compile and to launch. Large ones do
+    not, for they would be copied whole and their temporaries would be held side by side.
     """
     entries: dict[str, tuple[Any, ...]] = {}
     map_matrices(lambda path, *nodes: entries.update({path: nodes}), *trees, prefix=prefix)
     alike: dict[Any, list[str]] = {}
     for path in entries:
-        alike.setdefault((specs[path], path if specs[path].sparse else ""), []).append(path)
+        alone = specs[path].sparse or specs[path].weights > _MOST_TOGETHER
+        alike.setdefault((specs[path], path if alone else ""), []).append(path)
     results: dict[str, Any] = {}
     for (spec, _), paths in alike.items():
         if len(paths) == 1:

@@ -127,8 +127,15 @@ def _votes(
     return {name: collected[name] for name in dtypes}
 
 
+def in_turn(activations: jax.Array, leaves: dict) -> tuple[jax.Array, dict]:
+    """Both as they are, the leaves not before the activations: what is made of leaves alone, such as the decoded weight,
+    a compiler would make ahead of its turn, for many matrices at once, and keep throughout a loop."""
+    return jax.lax.optimization_barrier((activations, leaves))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None) -> jax.Array:
+    x, leaves = in_turn(x, leaves)
     y = packed_matmul(
         x.reshape(-1, spec.in_features),
         leaves["trits"],
@@ -146,6 +153,7 @@ def _matmul_forward(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | 
 
 def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
     given, leaves, kinds = saved
+    dy, leaves = in_turn(dy, leaves)
     x = given.reshape(-1, spec.in_features)
     dy = dy.reshape(x.shape[0], -1).astype(x.dtype)
     dx = packed_matmul_input_gradient(

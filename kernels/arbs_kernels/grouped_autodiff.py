@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from arbs_kernels.autodiff import Leaves, MatmulSpec, Probe, kinds_of
+from arbs_kernels.autodiff import Leaves, MatmulSpec, Probe, in_turn, kinds_of
 from arbs_kernels.grouped_matmul import (
     grouped_matmul,
     grouped_matmul_input_gradient,
@@ -39,6 +39,7 @@ def ternary_grouped_matmul(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(spec: MatmulSpec, x: jax.Array, sizes: jax.Array, leaves: dict, probe: dict | None) -> jax.Array:
+    x, leaves = in_turn(x, leaves)
     return grouped_matmul(
         x,
         sizes,
@@ -55,6 +56,7 @@ def _product_forward(spec: MatmulSpec, x: jax.Array, sizes: jax.Array, leaves: d
 
 def _product_backward(spec: MatmulSpec, saved, dy: jax.Array):
     x, sizes, leaves, kinds = saved
+    dy, leaves = in_turn(dy, leaves)
     dy = dy.astype(x.dtype)
     dx = grouped_matmul_input_gradient(
         dy,

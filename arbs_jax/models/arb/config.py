@@ -81,6 +81,8 @@ class ArbConfig:
     """Channels of an expert's gated layer."""
     top_k: int = 2
     """Experts that a position reaches."""
+    router_hidden: int = 0
+    """Channels in which positions are compared with experts' centroids; 0 compares them in the stream's."""
     max_moe_iters: int = 4
     """Iterations of the loop, at most."""
     head_layers: int = 1
@@ -103,7 +105,7 @@ class ArbConfig:
     def __post_init__(self) -> None:
         require_dtype("model", self)
         require_positive("model", self, "width", "context", "layers", "vq_rows", "vq_dim", "max_moe_iters")
-        for name in ("kg_rows", "modality_hidden"):
+        for name in ("kg_rows", "modality_hidden", "router_hidden"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name} must be at least 0, got {getattr(self, name)}")
         for name in ("weight_commitment", "weight_halting", "weight_balance", "weight_graph"):
@@ -184,7 +186,13 @@ class ArbConfig:
 
     @property
     def _experts(self) -> ExpertsConfig:
-        return ExpertsConfig(self.experts, self.expert_hidden, self.top_k, shielded="balance" in self.shield)
+        return ExpertsConfig(
+            self.experts,
+            self.expert_hidden,
+            self.top_k,
+            router_hidden=self.router_hidden,
+            shielded="balance" in self.shield,
+        )
 
     @cached_property
     def head_part(self) -> HeadConfig:

@@ -26,6 +26,8 @@ class ExpertsConfig:
     """Channels of an expert's MLP."""
     top_k: int = 2
     """Experts that a position reaches."""
+    router_hidden: int = 0
+    """Channels in which positions and centroids are compared; 0 compares them in those of the position."""
     shielded: bool = False
     """Whether the balance loss moves the routing centroids alone, and not the positions; the centroids then vote twice,
     once for each."""
@@ -34,6 +36,8 @@ class ExpertsConfig:
         for name in ("experts", "hidden", "top_k"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"experts.{name} must be at least 1, got {getattr(self, name)}")
+        if self.router_hidden < 0:
+            raise ConfigError(f"experts.router_hidden must be at least 0, got {self.router_hidden}")
         if self.top_k > self.experts:
             raise ConfigError(
                 f"experts.top_k must be at most experts.experts, got {self.top_k} and {self.experts}; lower top_k"
@@ -114,7 +118,7 @@ class Router(nn.Module):
     """Positions `(M, D)`, and their context if there is any, to float32 logits `(M, X)`.
 
     Inner products of the normalised position with the routing centroids, the rows of a ternary table; the context has
-    centroids of its own.
+    centroids of its own. With `router_hidden` a projection and SiLU come before, and are normalised again.
     """
 
     config: ExpertsConfig
@@ -122,8 +126,13 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(self, x_MxD: jax.Array, context_MxD: jax.Array | None) -> jax.Array:
+        hidden = self.config.router_hidden
+
         def compare(name: str, vectors: jax.Array) -> jax.Array:
             table = TernaryDense(features=self.config.experts, table=True, config=self.ternary, name=name)
+            if hidden:
+                project = TernaryDense(features=hidden, config=self.ternary, name=f"{name}_proj")
+                vectors = nn.silu(project(TernaryRMSNorm()(vectors)))
             return table(TernaryRMSNorm()(vectors.astype(jnp.float32)))
 
         logits_MxX = compare("centroids", x_MxD)

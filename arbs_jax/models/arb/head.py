@@ -1,7 +1,8 @@
 """Heads that turn the model's output into bytes, video latents or codec tokens, and the router between them.
 
 Every head has the same trunk: context added in, residual gated layers, a last norm. Only the byte head is trained with
-text; the others are whole modules with the shapes that a decoder of their kind takes.
+text, and its layers are stacked, so that a large head moves a layer at a time; the others are whole modules with the
+shapes that a decoder of their kind takes.
 Arrays are suffixed by their axes: B batch, S positions, D width, V vocabulary, X registered heads.
 """
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from arbs_jax.errors import ConfigError
-from arbs_jax.layers import TernaryConfig, TernaryDense, TernaryRMSNorm
+from arbs_jax.layers import COLLECTION, DENSE, PROBES, SPECS, TernaryConfig, TernaryDense, TernaryRMSNorm
 from arbs_jax.models.arb.checks import require_dtype, require_positive
 from arbs_jax.models.byte_lm import MLP, output_head
 
@@ -75,8 +76,8 @@ class RouterConfig:
             raise ConfigError(f"router.heads must be different names, at least one, got {self.heads}")
 
 
-class HeadTrunk(nn.Module):
-    """`(B, S, D)` and the ledger's context of the same shape, if there is one, to a normalised `(B, S, D)`."""
+class HeadEntry(nn.Module):
+    """`(B, S, D)` with the ledger's context of the same shape, if there is one, projected and added."""
 
     config: HeadConfig
     ternary: TernaryConfig
@@ -85,25 +86,71 @@ class HeadTrunk(nn.Module):
     def __call__(self, x_BxSxD: jax.Array, context_BxSxD: jax.Array | None = None) -> jax.Array:
         config = self.config
         x_BxSxD = x_BxSxD.astype(config.dtype)
-        if context_BxSxD is not None:
-            given = TernaryRMSNorm()(context_BxSxD.astype(config.dtype))
-            x_BxSxD += TernaryDense(features=config.width, config=self.ternary, name="context_proj")(given)
-        for index in range(config.layers):
-            mlp = MLP(config.width, config.hidden, self.ternary, name=f"layer_{index}")
-            x_BxSxD += mlp(TernaryRMSNorm()(x_BxSxD))
-        return TernaryRMSNorm()(x_BxSxD)
+        if context_BxSxD is None:
+            return x_BxSxD
+        given = TernaryRMSNorm()(context_BxSxD.astype(config.dtype))
+        return x_BxSxD + TernaryDense(features=config.width, config=self.ternary, name="context_proj")(given)
 
 
-class ByteHead(nn.Module):
-    """`(B, S, D)`, and a context of the same shape, to float32 logits `(B, S, 288)`."""
+class HeadLayer(nn.Module):
+    """A residual gated layer: `x (B, S, D)` to `(x, None)`, as a scan over a stack wants it."""
+
+    config: HeadConfig
+    ternary: TernaryConfig
+
+    @nn.compact
+    def __call__(self, x_BxSxD: jax.Array) -> tuple[jax.Array, None]:
+        mlp = MLP(self.config.width, self.config.hidden, self.ternary, name="mlp")
+        return x_BxSxD + mlp(TernaryRMSNorm()(x_BxSxD)), None
+
+
+class HeadTrunk(nn.Module):
+    """`(B, S, D)` and the ledger's context of the same shape, if there is one, to a normalised `(B, S, D)`."""
 
     config: HeadConfig
     ternary: TernaryConfig
 
     @nn.compact
     def __call__(self, x_BxSxD: jax.Array, context_BxSxD: jax.Array | None = None) -> jax.Array:
-        x_BxSxD = HeadTrunk(self.config, self.ternary, name="trunk")(x_BxSxD, context_BxSxD)
-        return output_head(self.ternary, name="logits")(x_BxSxD).astype(jnp.float32)
+        x_BxSxD = HeadEntry(self.config, self.ternary, name="entry")(x_BxSxD, context_BxSxD)
+        for index in range(self.config.layers):
+            x_BxSxD, _ = HeadLayer(self.config, self.ternary, name=f"layer_{index}")(x_BxSxD)
+        return TernaryRMSNorm()(x_BxSxD)
+
+
+class ByteHead(nn.Module):
+    """`(B, S, D)`, and a context of the same shape, to float32 logits `(B, S, 288)`.
+
+    State tree: `head_entry`, `head_layers` (every leaf stacked over layers) and `head_logits`. The three steps are
+    methods of their own, so that training can go through them one by one.
+    """
+
+    config: HeadConfig
+    ternary: TernaryConfig
+
+    def setup(self) -> None:
+        self.head_entry = HeadEntry(self.config, self.ternary)
+        self.head_logits = output_head(self.ternary)
+        self.head_norm = TernaryRMSNorm()
+        if self.config.layers:
+            self.head_layers = nn.scan(
+                HeadLayer,
+                variable_axes={COLLECTION: 0, PROBES: 0, DENSE: 0, SPECS: 0},
+                split_rngs={"params": True},
+                length=self.config.layers,
+            )(self.config, self.ternary)
+
+    def __call__(self, x_BxSxD: jax.Array, context_BxSxD: jax.Array | None = None) -> jax.Array:
+        x_BxSxD = self.enter(x_BxSxD, context_BxSxD)
+        return self.logits(self.head_layers(x_BxSxD)[0] if self.config.layers else x_BxSxD)
+
+    def enter(self, x_BxSxD: jax.Array, context_BxSxD: jax.Array | None = None) -> jax.Array:
+        """What the first layer reads."""
+        return self.head_entry(x_BxSxD, context_BxSxD)
+
+    def logits(self, x_BxSxD: jax.Array) -> jax.Array:
+        """Of what the last layer gives."""
+        return self.head_logits(self.head_norm(x_BxSxD)).astype(jnp.float32)
 
 
 class VideoHead(nn.Module):

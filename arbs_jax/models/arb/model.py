@@ -5,7 +5,8 @@
     blocks      causal latent attention and gated layers              blocks
     remember    what the ledger holds of the past: the context        reader
     reason      graph and experts, as often as a position needs       loop
-    answer      logits                                                head, foresight
+    foresee     the next position's motif                             foresight
+    answer      logits                                                head_entry, head_layers, head_logits
 
 One method a stage, each on what the one before gave, so that training can go through them one by one
 (`arbs_jax.models.arb.stages`) and the state tree has a subtree for each part. Arrays are suffixed by their axes: B
@@ -73,6 +74,7 @@ class ArbLM(nn.Module):
         if config.loop_part is not None:
             self.loop = MoEGraph(config.loop_part, ternary)
         self.head = ByteHead(config.head_part, ternary)
+        nn.share_scope(self, self.head)  # Its parts are stages, which are subtrees of the model.
         if config.vq_part is not None:
             self.foresight = TernaryDense(features=config.vq_dim, config=ternary)
         if config.modality_part is not None:
@@ -174,6 +176,14 @@ class ArbLM(nn.Module):
     def answer(self, x_BxSxD: jax.Array, context_BxSxD: jax.Array | None) -> jax.Array:
         """Logits float32 `(B, S, V)`."""
         return self.head(x_BxSxD, context_BxSxD)
+
+    def enter_head(self, x_BxSxD: jax.Array, context_BxSxD: jax.Array | None) -> jax.Array:
+        """What the byte head's first layer reads."""
+        return self.head.enter(x_BxSxD, context_BxSxD)
+
+    def leave_head(self, x_BxSxD: jax.Array) -> jax.Array:
+        """Logits float32 `(B, S, V)` of what the byte head's last layer gives."""
+        return self.head.logits(x_BxSxD)
 
     def foresee(self, x_BxSxD: jax.Array) -> jax.Array:
         """The next position's motif, as a float32 direction `(B, S, K)` of root mean square 1."""

@@ -14,6 +14,7 @@ from arbs_jax.layers import COLLECTION, MEMORY, PROBES, TernaryConfig
 from arbs_jax.models.arb.attention import ContextBlock
 from arbs_jax.models.arb.config import ArbConfig
 from arbs_jax.models.arb.edge_updates import observe_edges
+from arbs_jax.models.arb.head import HeadLayer
 from arbs_jax.models.arb.memgram import observe_memgram
 from arbs_jax.models.arb.model import ArbLM
 from arbs_jax.models.arb.sequencer import TRIGRAM, targets
@@ -39,8 +40,11 @@ def arb_stages(config: ArbConfig, ternary: TernaryConfig) -> tuple[Stage, ...]:
         graph = config.loop_part.graph is not None
         memory, observe = (("edges",), parts.meet) if graph else ((), None)
         stages.append(Stage(("loop",), parts.reason, memory=memory, observe=observe))
-    last = ("head",) if config.vq_part is None else ("head", "foresight")
-    return (*stages, Stage(last, parts.answer))
+    entry = {"head_entry": config.attention_part, "foresight": config.vq_part}
+    stages.append(Stage(tuple(name for name, part in entry.items() if part is not None), parts.enter_head))
+    if config.head_layers:
+        stages.append(Stage(("head_layers",), parts.head_layer, stacked=True))
+    return (*stages, Stage(("head_logits",), parts.answer))
 
 
 def predicted(tokens_BxT: jax.Array) -> jax.Array:
@@ -57,6 +61,7 @@ class _Parts:
         # Linen types `apply` as a union with what mutable collections return; none is mutable here.
         self.model: Any = ArbLM(config, ternary)
         self.graph = None if config.loop_part is None else config.loop_part.graph
+        self.one_head_layer: Any = HeadLayer(config.head_part, ternary)
         self.one_block: Any = None if config.attention_part is None else ContextBlock(config.attention_part, ternary)
 
     def run(self, method: Any, variables: Variables, *args: Any) -> Any:
@@ -138,16 +143,24 @@ class _Parts:
         edges = observe_edges(self.graph.edges, memory["edges"], events["ids"], events["agreement"], step)
         return subtrees, {"edges": edges}
 
-    def answer(self, variables: Variables, carry: dict[str, Any], tokens: jax.Array) -> tuple[jax.Array, Any]:
-        """(the weighted loss, the terms by name)."""
-        config, x = self.config, carry["x"]
-        logits = self.run(ArbLM.answer, variables, x, carry.get("context"))
-        terms = {"prediction": cross_entropy(logits, predicted(tokens)).mean(), **carry["terms"]}
+    def enter_head(self, variables: Variables, carry: dict[str, Any], tokens: jax.Array) -> dict[str, Any]:
+        config, x, terms = self.config, carry["x"], carry["terms"]
         if config.vq_part is not None:
             read = jax.lax.stop_gradient(x) if "graph" in config.shield else x
             foreseen = self.run(ArbLM.foresee, variables, read)
             away = jnp.square(foreseen[:, :-1] - jax.lax.stop_gradient(carry["latent"][:, 1:]))
-            terms["graph"] = jnp.mean(away)
+            terms = {**terms, "graph": jnp.mean(away)}
+        return {"x": self.run(ArbLM.enter_head, variables, x, carry.get("context")), "terms": terms}
+
+    def head_layer(self, variables: Variables, carry: dict[str, Any], tokens: jax.Array) -> dict[str, Any]:
+        own = {name: variables[name]["head_layers"] for name in (COLLECTION, PROBES) if name in variables}
+        return {**carry, "x": self.one_head_layer.apply(own, carry["x"])[0]}
+
+    def answer(self, variables: Variables, carry: dict[str, Any], tokens: jax.Array) -> tuple[jax.Array, Any]:
+        """(the weighted loss, the terms by name)."""
+        config = self.config
+        logits = self.run(ArbLM.leave_head, variables, carry["x"])
+        terms = {"prediction": cross_entropy(logits, predicted(tokens)).mean(), **carry["terms"]}
         weights = {name: getattr(config, f"weight_{name}") for name in ("commitment", "halting", "balance", "graph")}
         loss = terms["prediction"] + sum(weight * terms[name] for name, weight in weights.items() if name in terms)
         return loss, terms

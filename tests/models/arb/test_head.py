@@ -41,7 +41,8 @@ def test_a_head_has_its_shape(head):
     output = jax.eval_shape(built.module.apply, built.variables, X, CONTEXT)
     assert output.shape == (2, 3, *shape)
     assert output.dtype == jnp.float32
-    assert set(built.variables["ternary"]["trunk"]) == {"context_proj", "layer_0"}
+    state = built.variables["ternary"]
+    assert {"entry", "layer_0"} == set(state["trunk"]) if "trunk" in state else {"head_entry", "head_layers"} < set(state)
 
 
 def test_every_matrix_votes(head):
@@ -60,7 +61,7 @@ def test_positions_do_not_mix():
 def test_a_head_works_without_context_and_in_short_floats():
     head = ByteHead(replace(CONFIG, layers=0, dtype="bfloat16"), TERNARY)
     built = Built(head, X)
-    assert set(built.variables["ternary"]) == {"logits"}
+    assert set(built.variables["ternary"]) == {"head_logits"}
     total = quick_jit(jax.value_and_grad(lambda x: jnp.sum(head.apply(built.variables, x) ** 2)))
     value, gradient = total(jnp.asarray(X))
     assert value.dtype == jnp.float32
