@@ -11,13 +11,14 @@ import jax
 import numpy as np
 import tyro
 
-from arbs_jax.audit import audit, require_integers
+from arbs_jax.audit import require_integers
 from arbs_jax.cli.display import console, megabytes, table
 from arbs_jax.cli.options import ModelFlags, whole
 from arbs_jax.compilation import enable_cache
 from arbs_jax.config import RunConfig
 from arbs_jax.errors import ConfigError, StateError
 from arbs_jax.training.program import Program
+from arbs_jax.training.room import check_room, device_room, peak_bytes
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ def run(args: Smoke) -> None:
     config = args.resolve()
     enable_cache()
     program = Program(config)
-    state = program.abstract_state
-    account = audit(program.abstract_variables, program.specs, extra=[state.step, state.halted])
+    account = program.account
     require_integers(account)
+    room = device_room(jax.local_devices()[0])
+    check_room(account.state_bytes, room, f"the state of {config.preset}")
     began = time.perf_counter()
     fresh = jax.block_until_ready(program.init_state())
     result: dict[str, Any] = {
@@ -71,15 +73,19 @@ def run(args: Smoke) -> None:
     forward, loss = timed(lambda: program.loss(fresh, tokens[0]), args.runs)
     result |= {"forward_cold": forward[0], "forward_warm": forward[1], "nats_per_byte": float(loss)}
     if args.backward:
+        began = time.perf_counter()
+        compiled = program.compile_step()
+        check_room(peak_bytes(compiled), room)
+        seconds = time.perf_counter() - began
         held = [fresh]
         del fresh  # The step takes the state's memory over.
 
         def step() -> Any:
-            held[0], metrics = program.step(held[0], tokens)
+            held[0], metrics = compiled(held[0], tokens)
             return metrics["loss"]
 
         backward, loss = timed(step, args.runs)
-        result |= {"step_cold": backward[0], "step_warm": backward[1], "nats_per_byte": float(loss)}
+        result |= {"step_cold": seconds + backward[0], "step_warm": backward[1], "nats_per_byte": float(loss)}
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     result["device_peak_megabytes"] = None if peak is None else peak / 1e6

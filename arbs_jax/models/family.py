@@ -1,5 +1,6 @@
 """What training, evaluation and the command line ask of a model, whichever it is: the byte model or the ARB model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from arbs_jax.layers import MEMORY, TernaryConfig
 from arbs_jax.models.arb.config import ArbConfig
 from arbs_jax.models.arb.model import ArbLM, empty_memory
+from arbs_jax.models.arb.presets import PARTS
 from arbs_jax.models.arb.sequencer import TRIGRAM
 from arbs_jax.models.arb.stages import arb_stages, predicted
 from arbs_jax.models.attention import takes_cudnn
@@ -43,6 +45,11 @@ class Family(Protocol):
         ...
 
     @property
+    def parts(self) -> Mapping[str, str]:
+        """Names of parts by the path of their state, where they differ from it (`arbs_jax.audit.audit`)."""
+        ...
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
         """The chain that is trained."""
         ...
@@ -71,6 +78,11 @@ class ByteFamily:
     config: ModelConfig
     ternary: TernaryConfig
     stack = "blocks"
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        """See `Family`."""
+        return {}
 
     @cached_property
     def module(self) -> Any:
@@ -115,6 +127,11 @@ class ArbFamily:
 
     config: ArbConfig
     ternary: TernaryConfig
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        """See `Family`."""
+        return PARTS
 
     @property
     def stack(self) -> str | None:

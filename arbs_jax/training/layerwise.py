@@ -27,7 +27,6 @@ from arbs_jax.training.micro_batches import map_micro
 from arbs_jax.training.table_votes import RowVotes
 from arbs_jax.votes import each_expert, make_probes, matrix_key, matrix_vote
 
-
 _MOST_TOGETHER = 2**22
 """Weights of a matrix, or of a set of experts, beyond which it moves alone."""
 

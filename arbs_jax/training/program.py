@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arbs_jax.audit import Audit, audit
 from arbs_jax.compilation import deterministic_options
 from arbs_jax.config import RunConfig
 from arbs_jax.data import ValidationBatch
@@ -69,6 +70,12 @@ class Program:
     def abstract_variables(self) -> Any:
         """Shapes and dtypes of `variables`; nothing is allocated."""
         return jax.eval_shape(self.variables, jax.ShapeDtypeStruct((), jnp.uint32))
+
+    @cached_property
+    def account(self) -> Audit:
+        """What persists, by part and leaf; nothing is allocated."""
+        state = self.abstract_state
+        return audit(self.abstract_variables, self.specs, extra=[state.step, state.halted], parts=self.family.parts)
 
     @cached_property
     def _init(self) -> Any:

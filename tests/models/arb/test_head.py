@@ -42,7 +42,9 @@ def test_a_head_has_its_shape(head):
     assert output.shape == (2, 3, *shape)
     assert output.dtype == jnp.float32
     state = built.variables["ternary"]
-    assert {"entry", "layer_0"} == set(state["trunk"]) if "trunk" in state else {"head_entry", "head_layers"} < set(state)
+    assert (
+        {"entry", "layer_0"} == set(state["trunk"]) if "trunk" in state else {"head_entry", "head_layers"} < set(state)
+    )
 
 
 def test_every_matrix_votes(head):
