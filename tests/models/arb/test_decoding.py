@@ -150,10 +150,10 @@ def test_the_state_keeps_its_shapes(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["all", "no motifs", "no context"])
-def test_pieces_are_the_whole_with_other_parts(name):
+@pytest.mark.parametrize(("name", "second"), [("all", 10), ("no motifs", 5), ("no context", 5)])
+def test_pieces_are_the_whole_with_other_parts(name, second):
     reader = Reader(OTHERS[name])
-    same(reader.in_pieces(TOKENS, [4, 10, *range(11, LENGTH)])[0], reader.whole(TOKENS))
+    same(reader.in_pieces(TOKENS, [4, *range(second, LENGTH)])[0], reader.whole(TOKENS))
 
 
 @pytest.mark.slow
