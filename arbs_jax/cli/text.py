@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from arbs_jax.layers import COLLECTION, DENSE, MEMORY
+from arbs_jax.models.decoders import decoder_of
 from arbs_jax.sampling import Generator, SamplingConfig
 from arbs_jax.training.program import Program
 from arbs_jax.training.step import TrainState
 from arbs_jax.votes import decode_tree
-
-SHORTEST = 4
-"""Bytes that there is room for at least: what the ARB model begins with, and one more."""
 
 
 def inference_variables(program: Program, state: TrainState, *, packed: bool = False) -> Any:
@@ -38,7 +36,8 @@ def sample_bytes(
     packed: bool = False,
 ) -> Iterator[int]:
     """Yields `count` bytes after `prompt`."""
-    length = min(program.config.model.context, max(len(prompt) + count, SHORTEST))
+    least = decoder_of(program.model).least
+    length = min(program.config.model.context, max(len(prompt), least) + max(count, 1))
     generator = Generator(
         program.model,
         inference_variables(program, state, packed=packed),

@@ -83,8 +83,8 @@ def main() -> None:
         for number in range(1, args.steps + 1):
             began = time.perf_counter()
             state, metrics = steps[arm](state, next(batches))
-            if number > 5 and number % 10 == 0:
-                jax.block_until_ready(metrics)
+            jax.block_until_ready(metrics)
+            if number > 5:
                 seconds.append(time.perf_counter() - began)
             if number % args.every == 0 or number == args.steps:
                 losses[number] = program.evaluate(state, windows)
