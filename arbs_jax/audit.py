@@ -37,9 +37,7 @@ class Audit:
         return asdict(self)
 
 
-def audit(
-    variables: Tree, specs: Any, extra: Iterable[Any] = (), parts: Mapping[str, str] | None = None
-) -> Audit:
+def audit(variables: Tree, specs: Any, extra: Iterable[Any] = (), parts: Mapping[str, str] | None = None) -> Audit:
     """Audits the collections of a model (arrays or `jax.ShapeDtypeStruct`s; nothing is allocated).
 
     Args:

@@ -128,7 +128,7 @@ def _votes(
 
 
 def in_turn(activations: jax.Array, leaves: dict) -> tuple[jax.Array, dict]:
-    """Both as they are, the leaves not before the activations: what is made of leaves alone, such as the decoded weight,
+    """Both as they are, the leaves not before the activations: what is made of leaves alone, such as a decoded weight,
     a compiler would make ahead of its turn, for many matrices at once, and keep throughout a loop."""
     return jax.lax.optimization_barrier((activations, leaves))
 
