@@ -183,8 +183,11 @@ class Sweep:
             subtrees = {name: ternary[name] for name in stage.keys}
             # A matrix that two stages read votes in each, with random bits of its own.
             stage_key = jax.random.fold_in(key, 2**31 + position)
+            # A vote that is added to no other is cast where its matrix moves, so that it is held for one at a time.
+            shared = any(len(set(stage.keys) & set(other.keys)) for other in self.stages if other is not stage)
+            sole = not shared and self._sole(batch)
             cotangent, votes, rows = self._micro_backward(
-                stage, subtrees, saved[position], cotangent, batch, step, stage_key
+                stage, subtrees, saved[position], cotangent, batch, step, stage_key, cast=not sole
             )
             waiting |= {path: tables.beside(self.rule, waiting.get(path, {}), vote) for path, vote in rows.items()}
             for name in stage.keys:
@@ -192,8 +195,9 @@ class Sweep:
                 if any(name in earlier.keys for earlier in self.stages[:position]):
                     pending[name] = total
                 else:
-                    before, cast = jax.tree.map(lambda leaf: leaf[None], (ternary[name], total))
-                    moved, own = self._moved(name, before, cast, step, key[None], moves)
+                    before, found = jax.tree.map(lambda leaf: leaf[None], (ternary[name], total))
+                    casting = stage_key[None] if sole else None
+                    moved, own = self._moved(name, before, found, step, key[None], moves, casting)
                     moved = jax.tree.map(lambda leaf: leaf[0], moved)
                     ternary[name], touched = table_votes.move(
                         self.rule, self._specs(name), name, moved, waiting, step, key, moves
@@ -216,7 +220,7 @@ class Sweep:
         (name,) = stage.keys
         together = self.layers_at_once
         # A vote that is added to no other is cast where the layers move, for all of them at once.
-        sole = self.axis_name is None and jax.tree.leaves(batch)[0].shape[0] == 1
+        sole = self._sole(batch)
         layers = jax.tree.leaves(stack)[0].shape[0]
         if layers % together:
             raise ConfigError(f"layers_at_once must divide the {layers} layers of {name!r}, got {together}")
@@ -239,7 +243,7 @@ class Sweep:
             part = jax.lax.optimization_barrier(part)
             cotangent, votes = jax.lax.scan(layer, cotangent, (indices, part), reverse=True)
             keys = jax.vmap(partial(_layer_key, key))(indices)
-            moved, own = self._moved(name, part, votes, step, keys, moves, cast=not sole)
+            moved, own = self._moved(name, part, votes, step, keys, moves, keys if sole else None)
             stack = jax.tree.map(
                 lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, indices[0], 0), stack, moved
             )
@@ -273,23 +277,24 @@ class Sweep:
         cast: bool = True,
     ) -> tuple[Carry, Subtrees, RowVotes]:
         """(cotangents of the carry stacked over A, votes summed over A and over the mapped axis, those on sparse tables
-        side by side); without `cast` what the one micro-batch collected, in place of votes."""
+        side by side); without `cast` what the one micro-batch collected, in place of summed votes."""
 
         def one(entry: tuple[Any, Carry, Any, jax.Array]) -> tuple[tuple[Carry, RowVotes], Subtrees]:
             kept, cotangent, batch, index = entry
             pull = self._vjp(stage, subtrees, kept, batch)[1] if self.remat else kept
             pull = pull.replace(args_res=[subtrees, *pull.args_res[1:]])
             _, collected, cotangent = pull(cotangent)
-            if not cast:
-                return (cotangent, {}), collected
             own = _vote_key(key, step, index)
+            rows = table_votes.cast(self.rule, self.specs, subtrees, collected, own)
+            if not cast:
+                return (cotangent, rows), collected
             votes = {
                 name: _together(
                     self._vote, self._specs(name), name, subtree, collected[name], _keys(name, subtree, own)
                 )
                 for name, subtree in subtrees.items()
             }
-            return (cotangent, table_votes.cast(self.rule, self.specs, subtrees, collected, own)), votes
+            return (cotangent, rows), votes
 
         micro = jax.tree.leaves(batch)[0].shape[0]
         indices = jnp.arange(micro, dtype=jnp.int32)
@@ -340,14 +345,14 @@ class Sweep:
         step: jax.Array,
         keys: jax.Array,
         moves: jax.Array,
-        cast: bool = True,
+        casting: jax.Array | None = None,
     ) -> tuple[Any, Report]:
         """The state of several layers, stacked, after their votes, or as it was where `moves` is false; and the report
-        over their matrices. Without `cast`, `votes` are what the one micro-batch collected."""
+        over their matrices. With keys for `casting`, `votes` are what the one micro-batch collected."""
 
         def one(spec: MatrixSpec, keys: Any, matrix: Any, found: Any) -> tuple[Any, Report]:
             own, passing = keys
-            counted = found if cast else self._vote(spec, matrix, found, passing)
+            counted = found if casting is None else self._vote(spec, matrix, found, passing)
             new = self.rule.update(dict(matrix), counted, spec, step, own)
             chosen = jax.tree.map(lambda after, before: jnp.where(moves, after, before), new, dict(matrix))
             return chosen, self.rule.report(dict(matrix), chosen, spec)
@@ -355,19 +360,19 @@ class Sweep:
         def each(spec: MatrixSpec, matrix: Any, found: Any, own: jax.Array, passing: jax.Array) -> tuple[Any, Report]:
             if spec.sparse:  # Its rows move by themselves.
                 return matrix, empty_report()
-            return each_expert(one, spec, (own, passing), matrix, found)
+            by_turns = spec.experts and spec.weights > _MOST_TOGETHER
+            return (_by_turns if by_turns else each_expert)(one, spec, (own, passing), matrix, found)
+
+        def layers(spec: MatrixSpec, *nodes: Any) -> tuple[Any, Report]:
+            if keys.shape[0] > 1:
+                return jax.vmap(partial(each, spec))(*nodes)
+            alone = each(spec, *jax.tree.map(lambda leaf: leaf[0], nodes))
+            return jax.tree.map(lambda leaf: leaf[None], alone)
 
         lasting = jax.vmap(lambda key: _keys(name, subtrees, key))(keys)
-        passing = jax.vmap(lambda key: _keys(name, subtrees, _vote_key(key, step, 0)))(keys)
-        pairs = _together(
-            lambda spec, *nodes: jax.vmap(partial(each, spec))(*nodes),
-            self._specs(name),
-            name,
-            subtrees,
-            votes,
-            lasting,
-            passing,
-        )
+        votes_of = keys if casting is None else casting
+        passing = jax.vmap(lambda key: _keys(name, subtrees, _vote_key(key, step, 0)))(votes_of)
+        pairs = _together(layers, self._specs(name), name, subtrees, votes, lasting, passing)
         reports: list[Report] = []
 
         def split(path: str, matrix: Any, pair: tuple[Any, Report]) -> Any:
@@ -375,6 +380,10 @@ class Sweep:
             return pair[0]
 
         return map_matrices(split, subtrees, pairs, prefix=name), add_reports(*reports)
+
+    def _sole(self, batch: Any) -> bool:
+        """Whether a matrix takes a single vote of a use in a step."""
+        return self.axis_name is None and jax.tree.leaves(batch)[0].shape[0] == 1
 
     def _specs(self, name: str) -> dict[str, MatrixSpec]:
         return flatten_specs(self.specs[name], name)
@@ -393,6 +402,29 @@ def _layer_key(key: jax.Array, index: jax.Array) -> jax.Array:
 def _vote_key(key: jax.Array, step: jax.Array, micro: jax.Array | int) -> jax.Array:
     """The key of one contribution to a layer: of the step and of the micro-batch's number over all shards."""
     return jax.random.fold_in(jax.random.fold_in(key, step), micro)
+
+
+def _by_turns(
+    function: Callable[..., tuple[Any, Report]], spec: MatrixSpec, keys: Any, matrix: Any, found: Any
+) -> tuple[Any, Report]:
+    """As `each_expert`, for experts so large that they move one after another, in place: the temporaries of one."""
+
+    def move(carry: tuple[Any, Report], number: jax.Array) -> tuple[tuple[Any, Report], None]:
+        leaves, report = carry
+        single, own = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), (leaves, found)
+        )
+        # Copied out, lest what has moved be read again and a second set of experts be kept.
+        single, own = jax.lax.optimization_barrier((single, own))
+        its_keys = jax.tree.map(lambda key: jax.random.fold_in(key, number), keys)
+        moved, more = function(spec.single, its_keys, single, own)
+        leaves = jax.tree.map(
+            lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, number, 0), leaves, moved
+        )
+        return (leaves, add_reports(report, more)), None
+
+    numbers = jnp.arange(spec.experts, dtype=jnp.int32)
+    return jax.lax.scan(move, (dict(matrix), empty_report()), numbers)[0]
 
 
 def _together(function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix: str, *trees: Any) -> Any:

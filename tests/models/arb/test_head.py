@@ -41,10 +41,8 @@ def test_a_head_has_its_shape(head):
     output = jax.eval_shape(built.module.apply, built.variables, X, CONTEXT)
     assert output.shape == (2, 3, *shape)
     assert output.dtype == jnp.float32
-    state = built.variables["ternary"]
-    assert (
-        {"entry", "layer_0"} == set(state["trunk"]) if "trunk" in state else {"head_entry", "head_layers"} < set(state)
-    )
+    state = set(built.variables["ternary"])
+    assert "trunk" in state or state == {"head_entry", "head_layers", "head_logits"}
 
 
 def test_every_matrix_votes(head):
