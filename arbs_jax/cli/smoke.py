@@ -66,12 +66,14 @@ def run(args: Smoke) -> None:
         "logical_ternary_weights": account.logical_ternary_weights,
         "state_megabytes": account.state_bytes / 1e6,
         "seconds_init": time.perf_counter() - began,
+        "init_peak_megabytes": _peak(),
     }
     rng = np.random.default_rng(config.train.seed)
     shape = (config.train.accum, config.train.batch, config.train.context + 1)
     tokens = rng.integers(0, 256, shape, dtype=np.uint8)
     forward, loss = timed(lambda: program.loss(fresh, tokens[0]), args.runs)
     result |= {"forward_cold": forward[0], "forward_warm": forward[1], "nats_per_byte": float(loss)}
+    result["forward_peak_megabytes"] = _peak()
     if args.backward:
         began = time.perf_counter()
         compiled = program.compile_step()
@@ -86,15 +88,19 @@ def run(args: Smoke) -> None:
 
         backward, loss = timed(step, args.runs)
         result |= {"step_cold": seconds + backward[0], "step_warm": backward[1], "nats_per_byte": float(loss)}
-    stats = jax.local_devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
-    result["device_peak_megabytes"] = None if peak is None else peak / 1e6
+    result["device_peak_megabytes"] = _peak()
     if not math.isfinite(result["nats_per_byte"]):
         raise StateError(f"the loss of a fresh {config.preset} is {result['nats_per_byte']}")
     if args.json:
         print(json.dumps(result))
         return
     console.print(table(f"{config.preset}, rule {config.rule.name}", ("", "value"), list(_rows(result, account))))
+
+
+def _peak() -> float | None:
+    """The most megabytes that this process held on the device so far; None where it does not tell."""
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return None if peak is None else peak / 1e6
 
 
 def timed(function: Callable[[], jax.Array], runs: int) -> tuple[tuple[float, float], jax.Array]:
@@ -119,5 +125,8 @@ def _rows(result: dict[str, Any], account: Any) -> Any:
             yield f"{name}, cold", f"{result[f'{name}_cold']:.1f} s"
             yield f"{name}, warm", f"{result[f'{name}_warm'] * 1e3:.1f} ms"
     yield "loss", f"{result['nats_per_byte']:.3f} nats/byte"
-    peak = result["device_peak_megabytes"]
-    yield "device peak", "not told by this device" if peak is None else f"{peak:,.0f} MB"
+    if result["device_peak_megabytes"] is None:
+        yield "device peak", "not told by this device"
+        return
+    for name, until in (("init", "making the state"), ("forward", "forward"), ("device", "the end")):
+        yield f"device peak until {until}", f"{result[f'{name}_peak_megabytes']:,.0f} MB"

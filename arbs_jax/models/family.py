@@ -40,8 +40,8 @@ class Family(Protocol):
         ...
 
     @property
-    def stack(self) -> str | None:
-        """The subtree whose leaves are stacked over layers, if there is one."""
+    def stacks(self) -> tuple[str, ...]:
+        """Subtrees whose leaves are stacked over layers."""
         ...
 
     @property
@@ -77,7 +77,7 @@ class ByteFamily:
 
     config: ModelConfig
     ternary: TernaryConfig
-    stack = "blocks"
+    stacks = ("blocks",)
 
     @property
     def parts(self) -> Mapping[str, str]:
@@ -134,9 +134,10 @@ class ArbFamily:
         return PARTS
 
     @property
-    def stack(self) -> str | None:
+    def stacks(self) -> tuple[str, ...]:
         """See `Family`."""
-        return "blocks" if self.config.attention else None
+        there = {"blocks": self.config.attention, "head_layers": self.config.head_layers}
+        return tuple(name for name, count in there.items() if count)
 
     @cached_property
     def module(self) -> Any:

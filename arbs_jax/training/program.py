@@ -127,17 +127,22 @@ class Program:
         )
 
     @property
-    def layers_at_once(self) -> int:
-        """Layers that move together: as configured, or on a GPU, where a step of a small model is bound by launches, as
-        many as have at most `GROUP_GRADIENT_BYTES` of gradients. The rule is the same; sums may round differently."""
+    def layers_at_once(self) -> dict[str, int]:
+        """Layers that move together, of each stack: as configured (or what divides the stack below that), or on a GPU,
+        where a step of a small model is bound by launches, as many as have at most `GROUP_GRADIENT_BYTES` of gradients.
+        The rule is the same; sums may round differently."""
         config = self.config
-        if config.train.layers_at_once is not None:
-            return config.train.layers_at_once
-        if jax.default_backend() == "cpu" or self.family.stack is None:
-            return 1
-        specs = flatten_specs(self.specs[self.family.stack]).values()
-        layer = sum(spec.out_features * spec.in_features for spec in specs) * jnp.dtype(config.model.dtype).itemsize
-        return group_within(config.model.layers, layer)
+        wanted = 1 if jax.default_backend() == "cpu" else None
+        wanted = config.train.layers_at_once or wanted
+
+        def together(stack: str) -> int:
+            layers = jax.tree.leaves(self.abstract_state.ternary[stack])[0].shape[0]
+            if wanted is not None:
+                return max(n for n in range(1, min(wanted, layers) + 1) if layers % n == 0)
+            weights = sum(spec.weights for spec in flatten_specs(self.specs[stack]).values())
+            return group_within(layers, weights * jnp.dtype(config.model.dtype).itemsize)
+
+        return {stack: together(stack) for stack in self.family.stacks}
 
     def compile_step(self) -> Any:
         """The step compiled ahead of time for this configuration's exact shapes."""
