@@ -10,6 +10,7 @@ from arbs_jax.run.checkpoints import Checkpointer
 from arbs_jax.run.folder import RunFolder
 from arbs_jax.run.limbs import to_device
 from arbs_jax.training.program import Program
+from arbs_jax.training.step import TrainState
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,18 @@ class OpenRun:
 
     path: Path
     program: Program
-    ternary: Any
-    """Integer state on the device."""
-    step: int
-    """Step of the checkpoint."""
+    state: TrainState
+    """On the device."""
+
+    @property
+    def ternary(self) -> Any:
+        """Integer state of the matrices."""
+        return self.state.ternary
+
+    @property
+    def step(self) -> int:
+        """Step of the checkpoint."""
+        return int(self.state.step)
 
 
 def run_path(path: Path | None) -> Path:
@@ -58,4 +67,4 @@ def open_run(
         chosen = checkpoint or ("best" if "best" in reader.tags() else "latest")
         tree, _ = reader.restore(checkpoint_name(chosen))
     program.check(tree["ternary"])
-    return OpenRun(path, program, to_device(tree["ternary"]), int(tree["step"]))
+    return OpenRun(path, program, TrainState(**to_device(tree)))

@@ -126,9 +126,7 @@ class ArbLM(nn.Module):
         """(the positions, what the ledger adds to them as context)."""
         return x_BxSxD, None if self.config.attention_part is None else self.reader(x_BxSxD)[0]
 
-    def reason(
-        self, x_BxSxD: jax.Array, context_BxSxD: jax.Array | None, ids_BxS: jax.Array, memory: Memory
-    ) -> Any:
+    def reason(self, x_BxSxD: jax.Array, context_BxSxD: jax.Array | None, ids_BxS: jax.Array, memory: Memory) -> Any:
         """What the loop makes of the positions and their motifs, int32, -1 for none: a `LoopOutput`."""
         return self.loop(x_BxSxD, ids_BxS, memory.get("edges"), context_BxSxD)
 
