@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from arbs_jax.errors import ConfigError
+from arbs_jax.models.arb.config import ArbConfig
+from arbs_jax.models.arb.sequencer import TRIGRAM
 from arbs_jax.models.byte_lm import ModelConfig
-from arbs_jax.models.presets import PRESETS
+from arbs_jax.models.presets import PRESETS, family_name
 from arbs_jax.rules import DEFAULT_RULE, RuleConfig, default_group_size
 from arbs_jax.state import InitConfig
 from arbs_kernels.backends import triton_missing
@@ -108,7 +110,7 @@ class RunConfig:
 
     preset: str = DEFAULT_PRESET
     """Name the model's shape came from."""
-    model: ModelConfig = PRESETS[DEFAULT_PRESET]
+    model: ModelConfig | ArbConfig = PRESETS[DEFAULT_PRESET]
     """The resolved shape."""
     group_size: int = default_group_size(DEFAULT_RULE)
     """`G`, columns that share one scale."""
@@ -129,6 +131,11 @@ class RunConfig:
                 f"--ctx {self.train.context} is longer than the model's context of {self.model.context} bytes; "
                 "lower it or choose another --preset"
             )
+        if isinstance(self.model, ArbConfig) and self.train.context < TRIGRAM:
+            raise ConfigError(
+                f"--ctx {self.train.context} is too short for an ARB model, whose positions take {TRIGRAM} bytes; "
+                f"pass at least {TRIGRAM}"
+            )
         if self.model.layers % (self.train.layers_at_once or 1):
             raise ConfigError(
                 f"--layers-at-once must divide the model's {self.model.layers} layers, got {self.train.layers_at_once}"
@@ -143,8 +150,10 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Nested dict of JSON values."""
-        config = asdict(self)
+        config: dict[str, Any] = {"family": family_name(self.model), **asdict(self)}
         config["init"]["exponent_range"] = list(self.init.exponent_range)
+        if isinstance(self.model, ArbConfig):
+            config["model"]["shield"] = list(self.model.shield)
         return config
 
     @classmethod
@@ -155,17 +164,16 @@ class RunConfig:
             ConfigError: a section is missing, or holds a key or value that this version does not know.
         """
         sections = {
-            "model": ModelConfig,
-            "init": InitConfig,
             "rule": RuleConfig,
             "data": DataConfig,
             "train": TrainConfig,
             "log": LogConfig,
         }
         try:
-            values: dict[str, Any] = {name: kind(**saved[name]) for name, kind in sections.items() if name != "init"}
+            values: dict[str, Any] = {name: kind(**saved[name]) for name, kind in sections.items()}
             init = dict(saved["init"])
             values["init"] = InitConfig(**(init | {"exponent_range": tuple(init["exponent_range"])}))
+            values["model"] = {"byte": ModelConfig, "arb": ArbConfig}[saved["family"]](**saved["model"])
             return cls(preset=saved["preset"], group_size=saved["group_size"], **values)
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the saved configuration does not fit this version: {error}") from error

@@ -1,4 +1,4 @@
-"""Text from a trained byte model, one position per new byte through a key/value cache."""
+"""Text from a trained model, one position per new byte: what was read before is kept (`arbs_jax.models.decoders`)."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arbs_jax.errors import ConfigError
-from arbs_jax.models.byte_lm import ByteLM, empty_cache
+from arbs_jax.models.decoders import Decoder, decoder_of
 
 _BYTES = 256
 
@@ -60,59 +60,67 @@ def choose(logits_V: jax.Array, key: jax.Array, config: SamplingConfig) -> jax.A
 class Generator:
     """Draws bytes from a model.
 
-    When the cache is full, its last half of bytes is fed again from position 0, and so on: texts may be longer than
-    the context, which then slides.
+    When there is no more room, the last half of the bytes is read again from position 0, and so on: texts may be longer
+    than the context, which then slides.
     """
 
-    model: ByteLM
+    model: Any
+    """Of a family that `decoder_of` knows."""
     variables: Any
-    """Collections for `model.apply`: "ternary", or "dense" decoded once."""
+    """What its decoder reads: the collections for `model.apply`, "ternary" or what of it was decoded once as "dense",
+    and for a model that has bookkeeping "memory"."""
     config: SamplingConfig
     length: int
-    """Positions in the cache."""
+    """Bytes that there is room for."""
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """How the model is read."""
+        return decoder_of(self.model)
 
     @cached_property
     def _feed(self) -> Any:
-        def feed(variables: Any, cache: Any, tokens: jax.Array, numbers: jax.Array, key: jax.Array):
-            """Feeds some tokens, padded to (1, T), and draws the byte after them.
+        def feed(variables: Any, state: Any, tokens: jax.Array, numbers: jax.Array, key: jax.Array):
+            """Feeds some tokens (1, T) and draws the byte after them.
 
-            `numbers` int32 (3,): how many tokens count, the position of the first, and which draw of `key` this is.
+            `numbers` int32 (2,): how many tokens count, the others being padding, and which draw of `key` this is.
             """
-            count, start, index = numbers
-            logits, cache = self.model.apply(variables, tokens, cache, start)
-            return choose(logits[0, count - 1], jax.random.fold_in(key, index), self.config), cache
+            count, index = numbers
+            logits_V, state = self.decoder.feed(variables, state, tokens, count)
+            return choose(logits_V, jax.random.fold_in(key, index), self.config), state
 
         return jax.jit(feed, donate_argnums=1)
 
     def __call__(self, prompt: bytes, count: int) -> Iterator[int]:
-        """Yields `count` bytes that follow `prompt`.
+        """Yields `count` bytes that follow `prompt`; one shorter than what the model must begin with is read as if
+        newlines came before it.
 
         Raises:
-            ConfigError: the prompt is empty.
+            ConfigError: the prompt is empty, or `length` is more than the model has room for.
         """
         if not prompt:
             raise ConfigError("--prompt is empty; give at least one byte to go on from")
-        history = list(prompt)
-        cache = empty_cache(self.model.config, 1, self.length)
-        pending, start, key = self._window(history), 0, jax.random.key(self.config.seed)
+        history = list(prompt.rjust(self.decoder.least, b"\n"))
+        state, key = self.decoder.start(self.length), jax.random.key(self.config.seed)
+        pending, read = self._window(history), 0
         for index in range(count):
-            if start + len(pending) > self.length:
-                pending, start = self._window(history), 0
-            numbers = np.asarray([len(pending), start, index], np.int32)
-            byte, cache = self._feed(self.variables, cache, self._padded(pending), numbers, key)
-            start += len(pending)
+            if read + len(pending) > self.length:
+                state = self.decoder.start(self.length)
+                pending, read = self._window(history), 0
+            numbers = np.asarray([len(pending), index], np.int32)
+            byte, state = self._feed(self.variables, state, self._tokens(pending), numbers, key)
+            read += len(pending)
             history.append(int(byte))
             pending = history[-1:]
             yield history[-1]
 
     def _window(self, history: list[int]) -> list[int]:
-        """What to feed from position 0: everything, or as much as fills half the cache where that does not fit."""
-        return history if len(history) <= self.length else history[-max(self.length // 2, 1) :]
+        """What to feed from position 0: everything, or as much as fills half the room where that does not fit."""
+        return history if len(history) <= self.length else history[-max(self.length // 2, self.decoder.least) :]
 
-    def _padded(self, tokens: list[int]) -> np.ndarray:
-        """Tokens (1, T) with T a power of two, so that few shapes are compiled.
-
-        The padding's cache entries lie past the last real position: they are overwritten before they become visible.
-        """
-        width = 1 if len(tokens) == 1 else min(1 << (len(tokens) - 1).bit_length(), self.length)
+    def _tokens(self, tokens: list[int]) -> np.ndarray:
+        """Tokens (1, T); where they may be padded, T is a power of two, so that few shapes are compiled."""
+        width = len(tokens)
+        if self.decoder.padded and width > 1:
+            width = min(1 << (width - 1).bit_length(), self.length)
         return np.asarray([tokens + [0] * (width - len(tokens))], np.int32)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from arbs_jax.cli.options import ModelFlags
+from arbs_jax.cli.options import ArbFlags, ModelFlags
 from arbs_jax.config import KERNELS, MAY_CHANGE, DataConfig, LogConfig, RunConfig, TrainConfig
 from arbs_jax.errors import ConfigError
 from arbs_jax.models import PRESETS, preset
@@ -30,8 +30,13 @@ FAR_FROM_DEFAULT = RunConfig(
     log=LogConfig(1, 2, 3, 4, 5),
 )
 
+ARB = RunConfig(
+    preset="arb-tiny",
+    model=preset("arb-tiny", shield=("halting", "graph"), memgram=True, kg_rows=0, dtype="bfloat16"),
+)
 
-@pytest.mark.parametrize("config", [RunConfig(), FAR_FROM_DEFAULT])
+
+@pytest.mark.parametrize("config", [RunConfig(), FAR_FROM_DEFAULT, ARB])
 def test_json_holds_all_of_it(config: RunConfig):
     saved = json.loads(json.dumps(config.to_json()))
     assert RunConfig.from_json(saved) == config
@@ -47,6 +52,8 @@ def test_json_holds_all_of_it(config: RunConfig):
         lambda saved: saved["train"].update(steps="many"),
         lambda saved: saved["init"].pop("exponent_range"),
         lambda saved: saved.update(model=None),
+        lambda saved: saved.update(family="arb"),
+        lambda saved: saved.pop("family"),
     ],
 )
 def test_a_saved_configuration_that_does_not_fit(damage: Any):
@@ -69,6 +76,16 @@ def test_a_saved_configuration_that_does_not_fit(damage: Any):
             lambda: RunConfig(train=TrainConfig(context=1025)),
             "--ctx 1025 is longer than the model's context of 1024 bytes; lower it or choose another --preset",
         ),
+        (lambda: replace(ARB, train=TrainConfig(context=2)), "--ctx 2 is too short .* 3 bytes"),
+        (lambda: preset("arb-tiny", context=8192), "8192 positions .* 256 slots of 16 .* ledger"),
+        (lambda: preset("arb-tiny", vq=False), "--disable-vq needs --disable-graph as well"),
+        (
+            lambda: preset("arb-tiny", vq=False, graph=False, memgram=True),
+            "--disable-vq needs --enable-memory left out",
+        ),
+        (lambda: preset("arb-tiny", shield=("loss",)), "shield must name terms of commitment, .*, got loss"),
+        (lambda: preset("arb-tiny", top_k=9), "top_k must be at most .*, got 9 and 4"),
+        (lambda: preset("arb-tiny", weight_graph=-1.0), "weight_graph must be at least 0, got -1"),
     ],
 )
 def test_refusals(make: Any, message: str):
@@ -126,6 +143,39 @@ def test_flags_left_out_keep_what_the_run_has():
     # A rate is in the unit of its rule.
     assert ModelFlags(rule="integral").resolve(FAR_FROM_DEFAULT).rule.learning_rate is None
     assert ModelFlags(rule="bigint").resolve(FAR_FROM_DEFAULT).rule.learning_rate == 0.5
+
+
+def test_switches_of_the_arb_model():
+    flags = ModelFlags(model="arb", arb=ArbFlags(disable_moe=True, enable_memory=True, max_moe_iters=2))
+    config = flags.resolve()
+    assert config.preset == "arb-tiny"
+    assert config.model == preset("arb-tiny", moe=False, memgram=True, max_moe_iters=2)
+    # Left out, they stay as the run has them; and the family is that of the preset.
+    assert ModelFlags(steps=7).resolve(config).model == config.model
+    assert ModelFlags(preset="byte-3m").resolve(config).model == PRESETS["byte-3m"]
+    assert ModelFlags(model="byte").resolve(config).preset == RunConfig().preset
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (ModelFlags(arb=ArbFlags(top_k=1)), "--top-k is for the ARB model; pass --model arb"),
+        (ModelFlags(model="arb", preset="byte-3m"), "--preset byte-3m is no shape of --model arb; .* arb-tiny"),
+        (ModelFlags(model="arb", tied=True), "--tied is for the byte model"),
+        (ModelFlags(model="arb", arb=ArbFlags(disable_moe=True, top_k=1)), "--disable-moe and --top-k contradict"),
+        (
+            ModelFlags(model="arb", arb=ArbFlags(disable_vq=True, disable_graph=True, enable_memory=True)),
+            "--disable-vq and --enable-memory contradict",
+        ),
+        (
+            ModelFlags(model="arb", arb=ArbFlags(disable_moe=True, disable_graph=True, max_moe_iters=2)),
+            "--max-moe-iters with --disable-moe and --disable-graph: there is no loop",
+        ),
+    ],
+)
+def test_switches_that_contradict(flags: ModelFlags, message: str):
+    with pytest.raises(ConfigError, match=message):
+        flags.resolve()
 
 
 def test_what_may_change_exists():

@@ -1,5 +1,7 @@
 """Sparse tables through votes and updates: the dense table's step on the rows that were touched, and no other row."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,8 @@ from arbs_jax.rules import RULES, RuleConfig, make_rule
 from arbs_jax.state import MatrixSpec, validate_tree
 from arbs_jax.votes import decode_tree
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROWS, WIDTH, LOOKUPS = 40, 12, 10
 RNG = np.random.default_rng(0)
 IDS = jnp.asarray(RNG.integers(0, ROWS // 2, (2, LOOKUPS)), jnp.int32)
@@ -38,23 +42,23 @@ def layer(name, kind=TernaryTable, **changes):
     return kind(num_embeddings=ROWS, features=WIDTH, config=config, **changes)
 
 
+@cache
 class Case:
-    """One rule's table: its state, and votes of either micro-batch."""
+    """One rule's table: its state, votes of either micro-batch, and the state after two of them; compiled once."""
 
     def __init__(self, name, kind=TernaryTable):
         module, self.rule = layer(name, kind), rule_of(name)
         self.specs = matrix_specs(module, IDS[0])
-        self.ternary = layer(name).init(jax.random.key(0), IDS[0])["ternary"]
+        self.ternary = jax.jit(layer(name).init)(jax.random.key(0), IDS[0])["ternary"]
         loss = lambda variables, ids, gy: jnp.sum(module.apply(variables, ids) * gy)  # noqa: E731
         self.voted = jax.jit(value_and_votes(loss, self.rule, self.specs, {"": LOOKUPS}))
+        self.moved = jax.jit(lambda *votes: update(self.rule, self.specs, self.ternary, self.added(*votes), 3))
 
     def votes(self, at, ids=None):
         return self.voted(self.ternary, IDS[at] if ids is None else ids, GY[at], key=jax.random.key(at))[1]
 
-    def after(self, *votes):
-        return jax.jit(lambda t, v: update(self.rule, self.specs, t, add_votes(self.rule, self.specs, *v), 3))(
-            self.ternary, votes
-        )
+    def added(self, *votes):
+        return add_votes(self.rule, self.specs, *votes)
 
 
 def rows_that_differ(rule, one, two):
@@ -70,7 +74,7 @@ def rows_that_differ(rule, one, two):
 @pytest.mark.parametrize("name", [pytest.param("bigint", marks=pytest.mark.slow), "integral"])
 def test_a_step_is_that_of_the_dense_table(name):
     sparse, dense = Case(name), Case(name, TernaryEmbed)
-    assert_trees_equal(sparse.after(sparse.votes(0), sparse.votes(1)), dense.after(dense.votes(0), dense.votes(1)))
+    assert_trees_equal(sparse.moved(sparse.votes(0), sparse.votes(1)), dense.moved(dense.votes(0), dense.votes(1)))
 
 
 @pytest.mark.parametrize(
@@ -79,8 +83,8 @@ def test_a_step_is_that_of_the_dense_table(name):
 def test_only_touched_rows_move_in_any_order(name):
     case = Case(name)
     votes = case.votes(0), case.votes(1)
-    after = case.after(*votes)
-    assert_trees_equal(after, case.after(*votes[::-1]))
+    after = case.moved(*votes)
+    assert_trees_equal(after, case.moved(*votes[::-1]))
     used = set(np.asarray(IDS).reshape(-1).tolist())
     moved = rows_that_differ(case.rule, after, case.ternary)
     assert all(rows <= used for rows in moved.values())
@@ -93,7 +97,7 @@ def test_moments_of_a_row_are_of_the_votes_that_touched_it():
     """A row's first touch takes its moment as it is; where one micro-batch of two touched it, that one's alone."""
     case = Case("latent10")
     assert (np.asarray(case.ternary["row_moment"]) == UNTOUCHED).all()
-    after = case.after(case.votes(0), case.votes(1))
+    after = case.moved(case.votes(0), case.votes(1))
     moments = np.asarray(after["row_moment"])
     rows = [np.zeros((ROWS, WIDTH)), np.zeros((ROWS, WIDTH))]
     for at in range(2):
@@ -123,15 +127,15 @@ def test_padding_changes_no_step():
         assert not np.asarray(padded[name])[5:].any()
         # Means over padded arrays round differently.
         assert np.abs(np.asarray(padded[name])[:5] - np.asarray(tight[name])).max() <= 1
-    one, two = case.after(padded), case.after(tight)
+    one, two = case.moved(padded), case.moved(tight)
     assert (np.asarray(one["residual"]) != np.asarray(two["residual"])).mean() < 0.01
 
 
 def test_ids_outside_the_table_vote_for_nothing():
     case = Case("latent10")
-    assert_trees_equal(case.after(case.votes(0, jnp.full((LOOKUPS,), -1, jnp.int32))), case.ternary)
-    module = layer("integral")
-    variables = module.init(jax.random.key(0), IDS[0])
+    nothing = case.votes(0, jnp.full((LOOKUPS,), -1, jnp.int32))
+    assert_trees_equal(case.moved(nothing, nothing), case.ternary)
+    module, variables = layer("integral"), {"ternary": Case("integral").ternary}
     with pytest.raises(ConfigError, match=r"ids must be in \[0, 40\), got 0 to 40"):
         module.apply(variables, jnp.asarray([0, ROWS], jnp.int32))
     with pytest.raises(ConfigError, match=r"ids must be in \[0, 40\), got -1 to 3"):
@@ -140,7 +144,7 @@ def test_ids_outside_the_table_vote_for_nothing():
 
 def test_a_table_is_looked_up_once_and_peeked_at_as_often_as_one_likes():
     module = layer("integral", dtype=jnp.bfloat16)
-    ternary = module.init(jax.random.key(0), IDS[0])["ternary"]
+    ternary = Case("integral").ternary
     probes = make_probes(ternary, matrix_specs(module, IDS[0]), rule_of("integral"), lookups={"": LOOKUPS})
 
     def run(probes, times):
@@ -149,14 +153,15 @@ def test_a_table_is_looked_up_once_and_peeked_at_as_often_as_one_likes():
 
         return jnp.sum(module.apply({"ternary": ternary, "probes": probes}, IDS[0], method=use).astype(jnp.float32))
 
-    found = jax.grad(run)(probes, 1)
+    found = jax.jit(jax.grad(run), static_argnums=1)(probes, 1)
     assert float(found["count"]) == 1
     assert (np.asarray(found["rows"]) == 1).all()
-    np.testing.assert_array_equal(
-        module.apply({"ternary": ternary}, IDS[0]), module.apply({"ternary": ternary}, IDS[0], method="peek")
-    )
+    looked, peeked = jax.jit(
+        lambda ids: [module.apply({"ternary": ternary}, ids, method=name) for name in ("__call__", "peek")]
+    )(IDS[0])
+    np.testing.assert_array_equal(looked, peeked)
     with pytest.raises(ConfigError, match="is looked up twice in one pass"):
-        run(probes, 2)
+        jax.eval_shape(lambda probes: run(probes, 2), probes)
 
 
 def test_specs_that_cannot_be_are_refused():
@@ -175,7 +180,7 @@ def test_experts_vote_and_move_one_by_one(name):
     module = TernaryExperts(experts=3, features=5, config=TernaryConfig(rule=rule, group_size=4))
     x = jnp.asarray(RNG.standard_normal((7, 12)), jnp.float32)
     sizes = jnp.asarray([4, 0, 3], jnp.int32)
-    ternary, specs = module.init(jax.random.key(0), x, sizes)["ternary"], matrix_specs(module, x, sizes)
+    ternary, specs = jax.jit(module.init)(jax.random.key(0), x, sizes)["ternary"], matrix_specs(module, x, sizes)
     assert specs == MatrixSpec(5, 12, 4, experts=3)
     validate_tree(ternary, specs)
     assert (ternary["trits"][0] != ternary["trits"][1]).any()

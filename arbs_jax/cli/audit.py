@@ -7,7 +7,6 @@ from typing import Annotated
 
 import tyro
 
-from arbs_jax.audit import audit
 from arbs_jax.cli.display import audit_table, console
 from arbs_jax.cli.options import ModelFlags, saved_config
 from arbs_jax.training.program import Program
@@ -32,9 +31,7 @@ class AuditCommand:
 def run(args: AuditCommand) -> None:
     """Carries out `arbs audit`."""
     config = args.model.resolve(None if args.run is None else saved_config(args.run))
-    program = Program(config)
-    state = program.abstract_state
-    account = audit(program.abstract_variables, program.specs, extra=[state.step, state.halted])
+    account = Program(config).account
     if args.json:
         print(json.dumps(account.to_json()))
         return

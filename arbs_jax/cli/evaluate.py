@@ -59,8 +59,8 @@ def run(args: Evaluate) -> None:
     batches = validation_windows(
         corpus, context=context, batch=min(args.windows, 4 * config.train.batch), max_windows=args.windows
     )
-    nats = opened.program.evaluate(opened.ternary, batches)
-    count = sum(int(batch.valid.sum()) for batch in batches) * context
+    nats = opened.program.evaluate(opened.state, batches)
+    count = sum(int(batch.valid.sum()) for batch in batches) * opened.program.family.predicted(context)
     result = {
         "run": str(path),
         "step": opened.step,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from arbs_jax.cli import audit, bench, evaluate, sample, train, warmup
+from arbs_jax.cli import audit, bench, evaluate, sample, smoke, train, warmup
 from arbs_jax.cli.display import errors
 from arbs_jax.errors import UserError
 from arbs_kernels.selection import UnsupportedError
@@ -23,6 +23,7 @@ Command = (
     | Annotated[evaluate.Evaluate, tyro.conf.subcommand("eval")]
     | Annotated[audit.AuditCommand, tyro.conf.subcommand("audit")]
     | Annotated[warmup.Warmup, tyro.conf.subcommand("warmup")]
+    | Annotated[smoke.Smoke, tyro.conf.subcommand("smoke")]
     | Annotated[bench.Bench, tyro.conf.subcommand("bench")]
 )
 
@@ -32,6 +33,7 @@ _RUN: dict[type, Callable[[Any], int | None]] = {
     evaluate.Evaluate: evaluate.run,
     audit.AuditCommand: audit.run,
     warmup.Warmup: warmup.run,
+    smoke.Smoke: smoke.run,
     bench.Bench: bench.run,
 }
 

@@ -1,7 +1,7 @@
 """Flags that several commands share, and how they become a configuration."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,11 +10,14 @@ import tyro
 from arbs_jax.config import DEFAULT_PRESET, KERNELS, LogConfig, RunConfig, TrainConfig
 from arbs_jax.errors import ConfigError
 from arbs_jax.models import ModelConfig
-from arbs_jax.models.presets import PRESETS, preset
+from arbs_jax.models.arb.config import ArbConfig
+from arbs_jax.models.presets import FAMILIES, preset
 from arbs_jax.rules import RULES, RuleConfig, default_group_size
 from arbs_jax.run.folder import RunFolder
 
 RUNS = Path("runs")
+DEFAULT_ARB_PRESET = "arb-tiny"
+PRESET_NAMES = tuple(name for presets in FAMILIES.values() for name in presets)
 
 
 def parsed(
@@ -93,11 +96,66 @@ KernelFlag = Annotated[
 
 
 @dataclass(frozen=True)
+class ArbFlags:
+    """Switches of the ARB model (`--model arb`). Flags left out take the run's value where there is a run."""
+
+    disable_moe: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """No experts."""
+    disable_vq: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """No motifs; needs --disable-graph as well."""
+    disable_graph: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """No messages between motifs."""
+    disable_attention: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """No context blocks and no ledger."""
+    enable_memory: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Remember n-grams of motifs."""
+    max_moe_iters: Annotated[
+        int | None, whole("--max-moe-iters"), about("Iterations of the loop, at most.", "the preset's")
+    ] = None
+    top_k: Annotated[int | None, whole("--top-k"), about("Experts a position reaches.", "the preset's")] = None
+
+    def resolve(self, model: Any) -> Any:
+        """The model's configuration with these flags on top.
+
+        Raises:
+            ConfigError: the model is of another family, or flags contradict each other.
+        """
+        given = [name for name in _ARB_FLAGS if getattr(self, name) not in (None, False)]
+        if not isinstance(model, ArbConfig):
+            if given:
+                raise ConfigError(f"{_flag(given[0])} is for the ARB model; pass --model arb as well, or leave it out")
+            return model
+        for one, other in (("disable_vq", "enable_memory"), ("disable_moe", "top_k")):
+            if one in given and other in given:
+                raise ConfigError(f"{_flag(one)} and {_flag(other)} contradict each other; leave one of them out")
+        if {"disable_moe", "disable_graph", "max_moe_iters"} <= set(given):
+            raise ConfigError(
+                "--max-moe-iters with --disable-moe and --disable-graph: there is no loop; leave one of the three out"
+            )
+        parts = ("moe", "vq", "graph", "attention")
+        changes: dict[str, Any] = {name: False for name in parts if getattr(self, f"disable_{name}")}
+        changes |= {"memgram": True} if self.enable_memory else {}
+        return replace(model, **changes, **_given(max_moe_iters=self.max_moe_iters, top_k=self.top_k))
+
+
+_ARB_FLAGS = tuple(entry.name for entry in fields(ArbFlags))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
 class ModelFlags:
     """What is trained. Flags left out take the run's value where there is a run, else the default shown."""
 
+    model: Annotated[
+        str | None, choice("--model", FAMILIES), about("Family of models: byte or arb.", "that of the preset")
+    ] = None
     preset: Annotated[
-        str | None, choice("--preset", PRESETS), about(f"Model shape: {', '.join(PRESETS)}.", DEFAULT_PRESET)
+        str | None,
+        choice("--preset", PRESET_NAMES),
+        about(f"Model shape: {', '.join(PRESET_NAMES)}.", f"{DEFAULT_PRESET}, or {DEFAULT_ARB_PRESET} for --model arb"),
     ] = None
     rule: Annotated[str | None, choice("--rule", RULES), about("Learning rule.", RuleConfig.name)] = None
     learning_rate: Annotated[
@@ -116,6 +174,7 @@ class ModelFlags:
     dtype: Annotated[
         str | None, choice("--dtype", ("float32", "bfloat16")), about("Activations.", ModelConfig.dtype)
     ] = None
+    arb: Annotated[ArbFlags, tyro.conf.arg(name="")] = ArbFlags()
     remat: Annotated[
         bool | None, yes_no("--remat"), about("Recompute blocks in backward to save memory.", "the preset's")
     ] = None
@@ -156,9 +215,11 @@ class ModelFlags:
             ConfigError: a value is out of range, or two contradict each other.
         """
         base = base or RunConfig()
-        name = self.preset or base.preset
-        model = preset(name) if self.preset and self.preset != base.preset else base.model
-        model = replace(model, **_given(tied=self.tied, dtype=self.dtype, remat=self.remat))
+        name = self._preset(base)
+        model = preset(name) if name != base.preset else base.model
+        if self.tied is not None and isinstance(model, ArbConfig):
+            raise ConfigError("--tied is for the byte model; leave it out, or pass --model byte")
+        model = self.arb.resolve(replace(model, **_given(tied=self.tied, dtype=self.dtype, remat=self.remat)))
         rule = _given(
             name=self.rule, learning_rate=self.learning_rate, strength=self.strength, warmup=self.warmup_steps
         )
@@ -182,6 +243,21 @@ class ModelFlags:
             data=replace(base.data, **_given(source=self.data)),
             train=replace(base.train, **train),
         )
+
+    def _preset(self, base: RunConfig) -> str:
+        """The name of the shape asked for."""
+        if self.model is None:
+            return self.preset or base.preset
+        if self.preset is not None:
+            if self.preset not in FAMILIES[self.model]:
+                raise ConfigError(
+                    f"--preset {self.preset} is no shape of --model {self.model}; its presets are "
+                    f"{', '.join(FAMILIES[self.model])}"
+                )
+            return self.preset
+        if base.preset in FAMILIES[self.model]:
+            return base.preset
+        return {"byte": DEFAULT_PRESET, "arb": DEFAULT_ARB_PRESET}[self.model]
 
     def _group_size(self, base: RunConfig) -> int:
         if self.group_size is not None:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from arbs_jax.cli.options import newest_run, saved_config
 from arbs_jax.config import RunConfig
@@ -10,6 +9,7 @@ from arbs_jax.run.checkpoints import Checkpointer
 from arbs_jax.run.folder import RunFolder
 from arbs_jax.run.limbs import to_device
 from arbs_jax.training.program import Program
+from arbs_jax.training.step import TrainState
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,13 @@ class OpenRun:
 
     path: Path
     program: Program
-    ternary: Any
-    """Integer state on the device."""
-    step: int
-    """Step of the checkpoint."""
+    state: TrainState
+    """On the device."""
+
+    @property
+    def step(self) -> int:
+        """Step of the checkpoint."""
+        return int(self.state.step)
 
 
 def run_path(path: Path | None) -> Path:
@@ -58,4 +61,4 @@ def open_run(
         chosen = checkpoint or ("best" if "best" in reader.tags() else "latest")
         tree, _ = reader.restore(checkpoint_name(chosen))
     program.check(tree["ternary"])
-    return OpenRun(path, program, to_device(tree["ternary"]), int(tree["step"]))
+    return OpenRun(path, program, TrainState(**to_device(tree)))

@@ -52,7 +52,7 @@ def run(args: Sample) -> None:
     opened = open_run(args.run, args.checkpoint, kernel=args.kernel)
     console.print(printable(prompt), end="")
     decoder, first = StreamDecoder(), None
-    for byte in sample_bytes(opened.program, opened.ternary, prompt, args.bytes, sampling, packed=args.packed):
+    for byte in sample_bytes(opened.program, opened.state, prompt, args.bytes, sampling, packed=args.packed):
         first = first or time.perf_counter()
         console.print(decoder(byte), end="")
         sys.stdout.flush()

@@ -7,24 +7,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arbs_jax.layers import COLLECTION, DENSE
+from arbs_jax.layers import COLLECTION, DENSE, MEMORY
+from arbs_jax.models.decoders import decoder_of
 from arbs_jax.sampling import Generator, SamplingConfig
 from arbs_jax.training.program import Program
+from arbs_jax.training.step import TrainState
 from arbs_jax.votes import decode_tree
 
 
-def inference_variables(program: Program, ternary: Any, *, packed: bool = False) -> Any:
-    """Collections for sampling: weights decoded once (`N*K` activations of memory each), or the packed state itself."""
+def inference_variables(program: Program, state: TrainState, *, packed: bool = False) -> Any:
+    """Collections for sampling: the packed state and bookkeeping, and unless `packed` the weights decoded once (`N*K`
+    activations of memory each), of which the model then reads what is there."""
+    variables = {COLLECTION: state.ternary, MEMORY: state.memory}
     if packed:
-        return {COLLECTION: ternary}
+        return variables
     dtype = jnp.dtype(program.config.model.dtype)
     make = jax.jit(lambda tree: decode_tree(tree, program.specs, program.ternary.rule, dtype))
-    return {DENSE: make(ternary)}
+    return variables | {DENSE: make(state.ternary)}
 
 
 def sample_bytes(
     program: Program,
-    ternary: Any,
+    state: TrainState,
     prompt: bytes,
     count: int,
     sampling: SamplingConfig | None = None,
@@ -32,10 +36,11 @@ def sample_bytes(
     packed: bool = False,
 ) -> Iterator[int]:
     """Yields `count` bytes after `prompt`."""
-    length = min(program.config.model.context, max(len(prompt) + count, 2))
+    least = decoder_of(program.model).least
+    length = min(program.config.model.context, max(len(prompt), least) + max(count, 1))
     generator = Generator(
         program.model,
-        inference_variables(program, ternary, packed=packed),
+        inference_variables(program, state, packed=packed),
         sampling or SamplingConfig(seed=program.config.train.seed),
         length,
     )

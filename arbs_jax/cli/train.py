@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from arbs_jax.audit import audit, require_integers
+from arbs_jax.audit import require_integers
 from arbs_jax.cli.display import Bar, audit_table, console, errors, loss_text, table
 from arbs_jax.cli.options import LogFlags, ModelFlags, about, new_run_path, saved_config, whole
 from arbs_jax.cli.runs import checkpoint_name
@@ -30,6 +30,7 @@ from arbs_jax.run.plots import plot_loss
 from arbs_jax.training.inputs import Inputs
 from arbs_jax.training.loop import Progress, Trainer, TrainingHalted
 from arbs_jax.training.program import Program
+from arbs_jax.training.room import check_room, device_room, peak_bytes
 from arbs_jax.training.step import TrainState
 
 _ARCHITECTURE = frozenset({"preset", "model", "group_size"})
@@ -108,10 +109,10 @@ def run(args: Train) -> int:
     config = args.resolve()
     enable_cache()
     program = Program(config)
-    account = audit(
-        program.abstract_variables, program.specs, extra=[program.abstract_state.step, program.abstract_state.halted]
-    )
+    account = program.account
     require_integers(account)
+    room = device_room(jax.local_devices()[0])
+    check_room(account.state_bytes, room, f"the state of {config.preset}")
     inputs = Inputs.open(config)
     path = args.run or new_run_path(config)
     # Everything that can be wrong with the request is found before the folder is touched.
@@ -122,7 +123,7 @@ def run(args: Train) -> int:
     with RunFolder.create(path, document, resume=args.resume, may_change=may_change) as folder, ExitStack() as stack:
         console.print(audit_table(account, f"{config.preset}, rule {config.rule.name}"))
         console.print(f"data {inputs.name}: unigram entropy {inputs.unigram_entropy:.4f} nats/byte; run folder {path}")
-        trainer = _prepare(args, program, inputs, folder, resumed, stack)
+        trainer = _prepare(args, program, inputs, folder, resumed, stack, room)
         return _train(args, program, trainer, began, inputs, folder)
 
 
@@ -170,9 +171,16 @@ def _show_merge(report: MergeReport) -> None:
 
 
 def _prepare(
-    args: Train, program: Program, inputs: Inputs, folder: RunFolder, resumed: Resumed | None, stack: ExitStack
+    args: Train,
+    program: Program,
+    inputs: Inputs,
+    folder: RunFolder,
+    resumed: Resumed | None,
+    stack: ExitStack,
+    room: int | None,
 ) -> Trainer:
-    """The trainer, compiled, positioned, and saved where it starts; `stack` closes what it uses."""
+    """The trainer, compiled, positioned, and saved where it starts; `stack` closes what it uses, `room` is what the
+    device had of it."""
     batches = inputs.batches()
     stack.callback(batches.close)
     with measured() as started:
@@ -211,7 +219,9 @@ def _prepare(
     elif args.merge:
         trainer.save("latest", "best")
     with measured() as compiled:
-        trainer.step_function = program.compile_step()
+        step = program.compile_step()
+    check_room(peak_bytes(step), room)
+    trainer.step_function = step
     console.print(f"state in {started}, training step in {compiled}")
     return trainer
 
@@ -265,7 +275,7 @@ def _plot(program: Program, inputs: Inputs, folder: RunFolder) -> None:
 def _show_outcome(program: Program, trainer: Trainer, began: float, inputs: Inputs, folder: RunFolder) -> None:
     progress, entropy = trainer.progress, inputs.unigram_entropy
     prompt = inputs.validation.read(0, min(32, len(inputs.validation))).tobytes()
-    text = prompt + bytes(sample_bytes(program, trainer.state.ternary, prompt, 240))
+    text = prompt + bytes(sample_bytes(program, trainer.state, prompt, 240))
     try:
         write_atomic(folder.samples, text)
     except OSError as error:

@@ -10,6 +10,7 @@ from arbs_jax.cli.display import console, megabytes, table
 from arbs_jax.cli.options import LogFlags, ModelFlags, saved_config
 from arbs_jax.compilation import enable_cache, measured
 from arbs_jax.training.program import Program
+from arbs_jax.training.room import peak_bytes
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,7 @@ def run(args: Warmup) -> None:
         ("validation", str(evaluation)),
         ("state and batch", megabytes(memory.argument_size_in_bytes)),
         ("temporaries", megabytes(memory.temp_size_in_bytes)),
-        ("predicted device memory", megabytes(peak_bytes(memory))),
+        ("predicted device memory", megabytes(peak_bytes(compiled))),
         ("cache", str(cache)),
     ]
     console.print(table(f"{program.config.preset}, rule {program.config.rule.name}", ("", "value"), rows))
-
-
-def peak_bytes(memory: object) -> int:
-    """Arguments, results that do not share their memory, temporaries and code, from a compiled memory analysis."""
-    read = {
-        name: getattr(memory, f"{name}_size_in_bytes")
-        for name in ("argument", "output", "alias", "temp", "generated_code")
-    }
-    return read["argument"] + read["output"] - read["alias"] + read["temp"] + read["generated_code"]

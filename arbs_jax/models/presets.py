@@ -1,9 +1,11 @@
-"""Named model shapes, from a toy that trains in a minute on two CPU cores to a billion weights."""
+"""Named model shapes, from a toy that trains in a minute on two CPU cores to billions of weights."""
 
 from dataclasses import replace
 from typing import Any
 
 from arbs_jax.errors import ConfigError
+from arbs_jax.models.arb.config import ArbConfig
+from arbs_jax.models.arb.presets import ARB_PRESETS
 from arbs_jax.models.byte_lm import ModelConfig
 
 PRESETS: dict[str, ModelConfig] = {
@@ -18,12 +20,22 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
-def preset(name: str, **changes: Any) -> ModelConfig:
-    """The preset of that name, with fields replaced.
+FAMILIES: dict[str, dict[str, Any]] = {"byte": PRESETS, "arb": ARB_PRESETS}
+"""Presets by the family of models that they are of."""
+
+
+def family_name(config: ModelConfig | ArbConfig) -> str:
+    """ "arb" or "byte"."""
+    return "arb" if isinstance(config, ArbConfig) else "byte"
+
+
+def preset(name: str, **changes: Any) -> Any:
+    """The preset of that name, with fields replaced: a `ModelConfig` or an `ArbConfig`.
 
     Raises:
         ConfigError: no such preset, or a field out of range.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"no preset {name!r}; pass one of {', '.join(PRESETS)}")
-    return replace(PRESETS[name], **changes)
+    everything = {key: config for presets in FAMILIES.values() for key, config in presets.items()}
+    if name not in everything:
+        raise ConfigError(f"no preset {name!r}; pass one of {', '.join(everything)}")
+    return replace(everything[name], **changes)

@@ -6,7 +6,7 @@ place. Repeated blocks are one stage whose state is stacked over layers. Micro-b
 every layer takes the votes of all of them before it moves, so accumulation costs one layer's votes, not the model's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -59,9 +59,9 @@ class Sweep:
     """Specs nested like the state."""
     remat: bool = True
     """Keep only each layer's input between forward and backward, and run the layer again there."""
-    layers_at_once: int = 1
+    layers_at_once: int | Mapping[str, int] = 1
     """Layers of a stack that move together, once the votes of all of them are known: fewer, larger operations, for
-    that many layers' temporaries."""
+    that many layers' temporaries. One number, or one for each stack by the name of its subtree."""
     dtype: str = "float32"
     """Of the gradients that rules sample: that of the activations wastes nothing, sums are float32 all the same."""
     axis_name: str | None = None
@@ -219,7 +219,7 @@ class Sweep:
         report: Report,
     ) -> tuple[Carry, Any, Report]:
         (name,) = stage.keys
-        together = self.layers_at_once
+        together = self.layers_at_once if isinstance(self.layers_at_once, int) else self.layers_at_once[name]
         # A vote that is added to no other is cast where the layers move, for all of them at once.
         sole = self._sole(batch)
         layers = jax.tree.leaves(stack)[0].shape[0]

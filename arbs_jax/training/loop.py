@@ -159,10 +159,11 @@ class Trainer:
             progress.train_loss = float(np.mean(progress.pending))
             progress.pending.clear()
             progress.health = {name: float(self._last[name]) for name in WATCHED}
-            row |= {"train_loss": progress.train_loss, **progress.health}
+            terms = {name: float(value) for name, value in self._last.items() if name.startswith("loss/")}
+            row |= {"train_loss": progress.train_loss, **progress.health, **terms}
         improved = False
         if evaluate or last:
-            row["val_loss"] = loss = self.program.evaluate(self.state.ternary, self.validation)
+            row["val_loss"] = loss = self.program.evaluate(self.state, self.validation)
             progress.validation = loss if math.isfinite(loss) else None
             improved = math.isfinite(loss) and (progress.best is None or loss < progress.best)
             if improved:

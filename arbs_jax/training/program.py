@@ -8,18 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arbs_jax.audit import Audit, audit
 from arbs_jax.compilation import deterministic_options
 from arbs_jax.config import RunConfig
 from arbs_jax.data import ValidationBatch
-from arbs_jax.layers import COLLECTION, TernaryConfig
-from arbs_jax.models.attention import takes_cudnn
-from arbs_jax.models.byte_lm import ByteLM, cross_entropy
-from arbs_jax.models.byte_stages import byte_stages
+from arbs_jax.layers import COLLECTION, MEMORY, TernaryConfig
+from arbs_jax.models.family import Family, family_of
 from arbs_jax.rules import make_rule
 from arbs_jax.state import flatten_specs, validate_tree
 from arbs_jax.training.layerwise import Sweep
 from arbs_jax.training.step import TrainState, fresh_state, jit_step, make_step
-from arbs_jax.votes import matrix_specs
 
 GROUP_GRADIENT_BYTES = 2**27
 """Gradients, in the activations' dtype, of the layers that move together on a GPU. Moving them takes some four times
@@ -50,18 +48,23 @@ class Program:
         )
 
     @cached_property
-    def model(self) -> Any:
-        """The Linen model, a `ByteLM`; untyped because Linen types `apply` as a union with mutable collections."""
-        return ByteLM(self.config.model, self.ternary)
+    def family(self) -> Family:
+        """The model, whichever it is."""
+        return family_of(self.config.model, self.ternary)
 
-    @cached_property
+    @property
+    def model(self) -> Any:
+        """The Linen model."""
+        return self.family.module
+
+    @property
     def specs(self) -> Any:
         """Logical shapes of every matrix."""
-        return matrix_specs(self.model, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+        return self.family.specs
 
     def variables(self, seed: jax.Array) -> Any:
         """All collections of a fresh model, from an integer seed (); pure."""
-        return self.model.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))
+        return self.family.variables(seed)
 
     @cached_property
     def abstract_variables(self) -> Any:
@@ -69,8 +72,18 @@ class Program:
         return jax.eval_shape(self.variables, jax.ShapeDtypeStruct((), jnp.uint32))
 
     @cached_property
+    def account(self) -> Audit:
+        """What persists, by part and leaf; nothing is allocated."""
+        state = self.abstract_state
+        return audit(self.abstract_variables, self.specs, extra=[state.step, state.halted], parts=self.family.parts)
+
+    @cached_property
     def _init(self) -> Any:
-        return jax.jit(lambda seed: fresh_state(self.variables(seed)[COLLECTION]))
+        def fresh(seed: jax.Array) -> TrainState:
+            variables = self.variables(seed)
+            return fresh_state(variables[COLLECTION], variables.get(MEMORY))
+
+        return jax.jit(fresh)
 
     def init_state(self) -> TrainState:
         """Fresh state on the device, from the configured seed."""
@@ -96,21 +109,16 @@ class Program:
     @cached_property
     def step(self) -> Any:
         """The jitted, donated training step on tokens uint8 (accum, batch, context + 1); repeats bit for bit."""
-        model, train = self.config.model, self.config.train
-        q, k = (
-            jax.ShapeDtypeStruct((train.batch, train.context, heads, model.head_dim), model.dtype)
-            for heads in (model.heads, model.kv_heads)
-        )
-        options = deterministic_options() if takes_cudnn(model.attention, q, k, k) else None
+        train = self.config.train
+        options = deterministic_options() if self.family.takes_cudnn(train.batch, train.context) else None
         return jit_step(make_step(self.sweep, train.seed), options)
 
     @cached_property
     def sweep(self) -> Sweep:
         """Forward, backward and update, before it becomes a step."""
-        stages = byte_stages(self.config.model, self.ternary)
         config = self.config
         return Sweep(
-            stages,
+            self.family.stages,
             self.ternary.rule,
             self.specs,
             remat=config.model.remat,
@@ -119,17 +127,22 @@ class Program:
         )
 
     @property
-    def layers_at_once(self) -> int:
-        """Layers that move together: as configured, or on a GPU, where a step of a small model is bound by launches, as
-        many as have at most `GROUP_GRADIENT_BYTES` of gradients. The rule is the same; sums may round differently."""
+    def layers_at_once(self) -> dict[str, int]:
+        """Layers that move together, of each stack: as configured (or what divides the stack below that), or on a GPU,
+        where a step of a small model is bound by launches, as many as have at most `GROUP_GRADIENT_BYTES` of gradients.
+        The rule is the same; sums may round differently."""
         config = self.config
-        if config.train.layers_at_once is not None:
-            return config.train.layers_at_once
-        if jax.default_backend() == "cpu":
-            return 1
-        specs = flatten_specs(self.specs["blocks"], "blocks").values()
-        layer = sum(spec.out_features * spec.in_features for spec in specs) * jnp.dtype(config.model.dtype).itemsize
-        return group_within(config.model.layers, layer)
+        wanted = 1 if jax.default_backend() == "cpu" else None
+        wanted = config.train.layers_at_once or wanted
+
+        def together(stack: str) -> int:
+            layers = jax.tree.leaves(self.abstract_state.ternary[stack])[0].shape[0]
+            if wanted is not None:
+                return max(n for n in range(1, min(wanted, layers) + 1) if layers % n == 0)
+            weights = sum(spec.weights for spec in flatten_specs(self.specs[stack]).values())
+            return group_within(layers, weights * jnp.dtype(config.model.dtype).itemsize)
+
+        return {stack: together(stack) for stack in self.family.stacks}
 
     def compile_step(self) -> Any:
         """The step compiled ahead of time for this configuration's exact shapes."""
@@ -140,9 +153,8 @@ class Program:
     @cached_property
     def _nats(self) -> Any:
         @jax.jit
-        def nats(ternary: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-            tokens = tokens.astype(jnp.int32)
-            losses = cross_entropy(self.model.apply({COLLECTION: ternary}, tokens[:, :-1]), tokens[:, 1:])
+        def nats(ternary: Any, memory: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+            losses = self.family.nats({COLLECTION: ternary, MEMORY: memory}, tokens)
             return jnp.sum(jnp.where(valid[:, None], losses, 0.0))
 
         return nats
@@ -151,12 +163,18 @@ class Program:
         """Compiles one validation batch ahead of time."""
         batch, window = self.config.validation_batch, self.config.train.context + 1
         tokens, valid = jax.ShapeDtypeStruct((batch, window), jnp.uint8), jax.ShapeDtypeStruct((batch,), jnp.bool_)
-        self._nats.lower(self.abstract_state.ternary, tokens, valid).compile()
+        state = self.abstract_state
+        self._nats.lower(state.ternary, state.memory, tokens, valid).compile()
 
-    def evaluate(self, ternary: Any, batches: list[ValidationBatch]) -> float:
-        """Mean nats per byte over all valid windows."""
-        totals = [self._nats(ternary, batch.windows, batch.valid) for batch in batches]
-        count = sum(int(batch.valid.sum()) * (batch.windows.shape[1] - 1) for batch in batches)
+    def loss(self, state: TrainState, windows: Any) -> jax.Array:
+        """Mean nats per predicted byte of uint8 windows (B, T+1), float32 (), on the device."""
+        total = self._nats(state.ternary, state.memory, windows, np.ones(windows.shape[0], bool))
+        return total / (windows.shape[0] * self.family.predicted(windows.shape[1] - 1))
+
+    def evaluate(self, state: TrainState, batches: list[ValidationBatch]) -> float:
+        """Mean nats per predicted byte over all valid windows."""
+        totals = [self._nats(state.ternary, state.memory, batch.windows, batch.valid) for batch in batches]
+        count = sum(int(batch.valid.sum()) * self.family.predicted(batch.windows.shape[1] - 1) for batch in batches)
         return float(np.sum([np.float64(total) for total in totals]) / count)
 
 

@@ -56,10 +56,11 @@ def fresh_state(ternary: dict[str, Any], memory: dict[str, Any] | None = None) -
 def make_step(sweep: Sweep, seed: int) -> StepFunction:
     """The pure step `(state, tokens uint8 (A, B, T+1)) -> (state, metrics)`; not yet jitted.
 
-    Metrics: `loss`, float32 () nats per byte, mean over the A micro-batches; `halted`, int32 (); `flip_rate`,
-    `zero_share`, `saturation` and `scale_drift` (`arbs_jax.rules.base.shares`; of sparse tables they count the rows
-    that the step touched), and `loss/<name>` for every term of the loss. A step whose loss is not finite leaves every
-    leaf as it was and halts: later steps change nothing, so a host that fetches metrics late loses nothing.
+    Metrics: `loss`, float32 () nats per byte, mean over the A micro-batches (where the loss has terms and one of them
+    is `prediction`, that one; the whole is then `loss/total`); `halted`, int32 (); `flip_rate`, `zero_share`,
+    `saturation` and `scale_drift` (`arbs_jax.rules.base.shares`; of sparse tables they count the rows that the step
+    touched), and `loss/<name>` for every term of the loss. A step whose loss is not finite leaves every leaf as it was
+    and halts: later steps change nothing, so a host that fetches metrics late loses nothing.
     """
 
     def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
@@ -67,7 +68,10 @@ def make_step(sweep: Sweep, seed: int) -> StepFunction:
         taken = swept.moved.astype(jnp.int32)
         after = TrainState(ternary=swept.ternary, step=state.step + taken, halted=1 - taken, memory=swept.memory)
         terms = {f"loss/{name}": term for name, term in swept.terms.items()}
-        return after, {"loss": swept.loss, "halted": after.halted, **shares(swept.report), **terms}
+        if "prediction" in swept.terms:
+            terms["loss/total"] = swept.loss
+        loss = swept.terms.get("prediction", swept.loss)
+        return after, {"loss": loss, "halted": after.halted, **shares(swept.report), **terms}
 
     return step
 

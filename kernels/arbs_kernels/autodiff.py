@@ -19,6 +19,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from arbs_kernels.codec import TRITS_PER_BYTE
 from arbs_kernels.correlation_score import correlation_score, score_of_gradient, weight_gradient
 from arbs_kernels.packed_matmul import packed_matmul, packed_matmul_input_gradient
 from arbs_kernels.row_gather import packed_row_gather, sums_of_rows
@@ -132,9 +133,19 @@ def _votes(
     return {name: collected[name] for name in dtypes}
 
 
+_LARGE = 12 * 2**20
+"""Weights from which on a matrix is decoded in its turn; between smaller ones a barrier would keep products apart that
+the compiler joins."""
+
+
 def in_turn(activations: jax.Array, leaves: dict) -> tuple[jax.Array, dict]:
-    """Both as they are, the leaves not before the activations: what is made of leaves alone, such as a decoded weight,
-    a compiler would make ahead of its turn, for many matrices at once, and keep throughout a loop."""
+    """Both as they are, the leaves of a large matrix not before the activations.
+
+    What is made of leaves alone, such as the decoded weight, a compiler would make ahead of its turn, for many matrices
+    at once, and keep throughout a loop.
+    """
+    if TRITS_PER_BYTE * leaves["trits"].size < _LARGE:
+        return activations, leaves
     return jax.lax.optimization_barrier((activations, leaves))
 
 

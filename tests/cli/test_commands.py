@@ -48,6 +48,8 @@ def test_help_explains_every_flag(name: str, capsys: pytest.CaptureFixture[str])
         ]:
             assert f"{flag} " in out
         assert all(preset in out for preset in PRESETS)
+        assert "--disable-vq " in out
+        assert "--model byte|arb" in out
 
 
 def test_a_run_folder_is_complete(finished: Path):

@@ -68,12 +68,13 @@ def test_evaluation_is_the_mean_over_the_valid_bytes(program: Program):
         ValidationBatch(windows[:4], np.ones(4, bool)),
         ValidationBatch(padded, np.array([True, True, False, False])),
     ]
-    ternary = program.init_state().ternary
+    state = program.init_state()
+    ternary = state.ternary
     logits = np.asarray(program.model.apply({COLLECTION: ternary}, windows[:, :-1].astype(np.int32)), np.float64)
     normal = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     chosen = np.take_along_axis(logits, windows[:, 1:, None].astype(np.int64), -1)[..., 0]
     # float32 logits and a float32 sum of 48 losses.
-    assert program.evaluate(ternary, batches) == pytest.approx(np.mean(normal - chosen), rel=1e-5)
+    assert program.evaluate(state, batches) == pytest.approx(np.mean(normal - chosen), rel=1e-5)
 
 
 def test_the_compiled_step_takes_the_fresh_state_and_donates_it(program: Program):
@@ -110,10 +111,7 @@ def test_how_many_layers_move_together_is_the_device_s_choice_unless_told(monkey
         Program(replace(CONFIG, model=replace(MODEL, layers=4, hidden=4 * GROUP_GRADIENT_BYTES))),
     )
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert [Program(replace(CONFIG, train=train)).layers_at_once, small.layers_at_once, large.layers_at_once] == [
-        1,
-        2,
-        1,
-    ]
+    told = Program(replace(CONFIG, train=train))
+    assert [program.layers_at_once["blocks"] for program in (told, small, large)] == [1, 2, 1]
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert small.layers_at_once == 1
+    assert small.layers_at_once == {"blocks": 1}

@@ -19,6 +19,8 @@ from arbs_jax.state import validate_tree
 from arbs_jax.training.layerwise import Sweep
 from arbs_jax.training.step import TrainState, fresh_state, jit_step, make_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEP = jnp.int32(3)
 KEY = jax.random.key(0)
 CANARY = 2**40
@@ -60,7 +62,7 @@ def test_equals_votes_and_update_of_the_whole_model(ternary, swept):
     batch, specs = table_chain.batches(), table_chain.specs()
     voted = jax.jit(value_and_votes(whole_loss, RULE, specs, {"front/book": 6}))
     (one, first), (two, second) = (voted(ternary, micro(batch, index)) for index in range(2))
-    expected = update(RULE, specs, ternary, add_votes(RULE, specs, first, second), STEP)
+    expected = jax.jit(lambda *votes: update(RULE, specs, ternary, add_votes(RULE, specs, *votes), STEP))(first, second)
     got = swept(batch)
     assert bool(got.moved)
     assert float(got.loss) == pytest.approx((float(one) + float(two)) / 2, rel=1e-6)

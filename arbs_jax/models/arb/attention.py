@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from arbs_jax.errors import ConfigError
 from arbs_jax.layers import COLLECTION, DENSE, PROBES, SPECS, TernaryConfig, TernaryDense, TernaryRMSNorm
 from arbs_jax.models.arb.checks import require_dtype, require_positive
+from arbs_jax.models.attention import causal_attention
 from arbs_jax.models.byte_lm import MLP, Cache, rotate, rotation
 
 
@@ -102,7 +103,7 @@ class LatentAttention(nn.Module):
             latent_BxCxL, rope_BxCxR = (cache[name].astype(x_BxSxD.dtype) for name in ("latent", "rope"))
         k_BxCxHxK, v_BxCxHxK = self._keys_and_values(latent_BxCxL, rope_BxCxR)
         if cache is None:
-            y_BxSxHxK = jax.nn.dot_product_attention(q_BxSxHxK, k_BxCxHxK, v_BxCxHxK, is_causal=True)
+            y_BxSxHxK = causal_attention(q_BxSxHxK, k_BxCxHxK, v_BxCxHxK)
         else:
             visible_SxC = jnp.arange(latent_BxCxL.shape[1], dtype=jnp.int32) <= positions_S[:, None]
             y_BxSxHxK = jax.nn.dot_product_attention(q_BxSxHxK, k_BxCxHxK, v_BxCxHxK, mask=visible_SxC[None, None])

@@ -112,13 +112,8 @@ class ArbConfig:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"model.{name} must be at least 0, got {getattr(self, name)}")
         if not self.vq and (self.graph or self.memgram):
-            needs = "--disable-graph" if self.graph else "no --enable-memory"
-            raise ConfigError(f"without motifs nothing else can be made of them: --disable-vq needs {needs} as well")
-        if not self.graph and not self.moe and self.max_moe_iters != 4:
-            raise ConfigError(
-                f"--max-moe-iters {self.max_moe_iters} with --disable-moe and --disable-graph: there is no loop; "
-                "leave one of the three out"
-            )
+            needs = "--disable-graph as well" if self.graph else "--enable-memory left out"
+            raise ConfigError(f"graph and n-gram memory are made of motifs: --disable-vq needs {needs}")
         unknown = sorted(set(self.shield) - set(SHIELDABLE))
         if unknown:
             raise ConfigError(f"model.shield must name terms of {', '.join(SHIELDABLE)}, got {', '.join(unknown)}")

@@ -22,15 +22,18 @@ import jax.numpy as jnp
 from arbs_jax.layers import TernaryConfig, TernaryDense, TernaryRMSNorm
 from arbs_jax.models.arb.attention import context_blocks
 from arbs_jax.models.arb.config import ArbConfig
+from arbs_jax.models.arb.decoding import Past, past_after
 from arbs_jax.models.arb.edges import empty_edges
 from arbs_jax.models.arb.head import ByteHead, OutputRouter, TalkerHead, VideoHead
 from arbs_jax.models.arb.kg import CompositeCodebook
-from arbs_jax.models.arb.loop import MoEGraph
+from arbs_jax.models.arb.ledger import Ledger
+from arbs_jax.models.arb.loop import History, MoEGraph
 from arbs_jax.models.arb.memgram import MemGram, empty_memgram
 from arbs_jax.models.arb.reader import LedgerReader
 from arbs_jax.models.arb.sequencer import TextSequencer
 from arbs_jax.models.arb.usage import empty_usage
 from arbs_jax.models.arb.vq import SharedVQ, VQOutput
+from arbs_jax.models.byte_lm import Cache
 
 Memory = dict[str, Any]
 
@@ -50,7 +53,7 @@ def empty_memory(config: ArbConfig) -> Memory:
 
 
 class ArbLM(nn.Module):
-    """Tokens, integer `(B, T)`, to float32 logits `(B, T - 2, 288)`; see the module."""
+    """Tokens, integer `(B, T)`, to float32 logits `(B, T - 2, 288)`; after a past `(B, T, 288)`. See the module."""
 
     config: ArbConfig
     ternary: TernaryConfig
@@ -80,57 +83,95 @@ class ArbLM(nn.Module):
             self.talker = TalkerHead(trunk, talker, ternary)
             self.router = OutputRouter(router, ternary)
 
-    def __call__(self, tokens_BxT: jax.Array, memory: Memory | None = None, whole: bool = False) -> jax.Array:
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        memory: Memory | None = None,
+        whole: bool = False,
+        past: Past | None = None,
+        start: jax.Array | int = 0,
+    ):
         """Logits at every position: position i has read bytes up to i + 2 and predicts byte i + 3.
 
         Args:
-            tokens_BxT: at least three bytes a row.
+            tokens_BxT: at least three bytes a row, those of the past included.
             memory: bookkeeping (`empty_memory`), None for a fresh one.
             whole: run what logits do not need, too, so that every matrix is met (`arbs_jax.votes.matrix_specs`).
+            past: of the positions before these (`arbs_jax.models.arb.decoding`); the past after them is then returned
+                beside the logits. None for a whole text.
+            start: how many positions came before.
 
         Raises:
             ConfigError: fewer than three bytes.
         """
         memory = empty_memory(self.config) if memory is None else memory
-        x_BxSxD, found, _ = self.motifs(self.sequence(tokens_BxT), memory)
-        x_BxSxD, context_BxSxD = self.remember(self.attend(x_BxSxD))
-        thought = None
+        before = Past() if past is None else past
+        x_BxSxD = self.sequence(tokens_BxT, before.tail_Bx2)
+        x_BxSxD, found, _ = self.motifs(x_BxSxD, memory, before.motif_BxD, before.ids_BxH)
+        x_BxSxD, cache = self.attend(x_BxSxD, before.cache, start)
+        context_BxSxD, ledger = self.remember(x_BxSxD, before.ledger, start)
+        reasoned_BxSxD, heard = x_BxSxD, None
         if self.config.loop_part is not None:
-            none_BxS = jnp.full(x_BxSxD.shape[:2], -1, jnp.int32)
-            thought = self.reason(x_BxSxD, context_BxSxD, none_BxS if found is None else found.ids_BxS, memory)
-        logits_BxSxV = self.answer(x_BxSxD if thought is None else thought.x_BxSxD, context_BxSxD)
+            ids_BxS = jnp.full(x_BxSxD.shape[:2], -1, jnp.int32) if found is None else found.ids_BxS
+            thought = self.reason(x_BxSxD, context_BxSxD, ids_BxS, memory, before.heard)
+            thought, heard = (thought, None) if before.heard is None else thought
+            reasoned_BxSxD = thought.x_BxSxD
+        logits_BxSxV = self.answer(reasoned_BxSxD, context_BxSxD)
         if whole or self.is_initializing():
             self._rest(x_BxSxD, context_BxSxD)
-        return logits_BxSxV
+        if past is None:
+            return logits_BxSxV
+        return logits_BxSxV, past_after(past, tokens_BxT, found, cache, ledger, heard)
 
-    def sequence(self, tokens_BxT: jax.Array) -> jax.Array:
-        """Positions `(B, S, D)`."""
-        return self.sequencer(tokens_BxT)
+    def sequence(self, tokens_BxT: jax.Array, tail_Bx2: jax.Array | None = None) -> jax.Array:
+        """Positions `(B, S, D)`; with the two bytes before the tokens, one for each token."""
+        return self.sequencer(tokens_BxT, tail_Bx2)
 
-    def motifs(self, x_BxSxD: jax.Array, memory: Memory) -> tuple[jax.Array, VQOutput | None, VQOutput | None]:
-        """(positions with their motifs, the lookups in the shared codebook and in that of composites)."""
+    def motifs(
+        self,
+        x_BxSxD: jax.Array,
+        memory: Memory,
+        motif_BxD: jax.Array | None = None,
+        ids_BxH: jax.Array | None = None,
+    ) -> tuple[jax.Array, VQOutput | None, VQOutput | None]:
+        """(positions with their motifs, the lookups in the shared codebook and in that of composites).
+
+        Of the positions before, `motif_BxD` is the last motif's vector and `ids_BxH` what n-grams reach back to.
+        """
         if self.config.vq_part is None:
             return x_BxSxD, None, None
         found, composite = self.vq(x_BxSxD), None
         made_BxSxD = x_BxSxD + found.output_BxSxD
         if self.config.kg_part is not None:
-            composite = self.kg(found.output_BxSxD)
+            composite = self.kg(found.output_BxSxD, motif_BxD)
             made_BxSxD = made_BxSxD + composite.output_BxSxD
         if self.config.memgram_part is not None:
-            made_BxSxD = made_BxSxD + self.memgram(found.ids_BxS, memory["memgram"])
+            made_BxSxD = made_BxSxD + self.memgram(found.ids_BxS, memory["memgram"], ids_BxH)
         return made_BxSxD, found, composite
 
-    def attend(self, x_BxSxD: jax.Array) -> jax.Array:
-        """Positions after the context blocks."""
-        return x_BxSxD if self.config.attention_part is None else self.blocks(x_BxSxD, None, 0)[0]
+    def attend(
+        self, x_BxSxD: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0
+    ) -> tuple[jax.Array, Cache | None]:
+        """(positions after the context blocks, the cache with them)."""
+        return (x_BxSxD, None) if self.config.attention_part is None else self.blocks(x_BxSxD, cache, start)
 
-    def remember(self, x_BxSxD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """(the positions, what the ledger adds to them as context)."""
-        return x_BxSxD, None if self.config.attention_part is None else self.reader(x_BxSxD)[0]
+    def remember(
+        self, x_BxSxD: jax.Array, ledger: Ledger | None = None, start: jax.Array | int = 0
+    ) -> tuple[jax.Array | None, Ledger | None]:
+        """(what the ledger adds to the positions as context, the ledger after them)."""
+        return (None, None) if self.config.attention_part is None else self.reader(x_BxSxD, ledger, start)
 
-    def reason(self, x_BxSxD: jax.Array, context_BxSxD: jax.Array | None, ids_BxS: jax.Array, memory: Memory) -> Any:
-        """What the loop makes of the positions and their motifs, int32, -1 for none: a `LoopOutput`."""
-        return self.loop(x_BxSxD, ids_BxS, memory.get("edges"), context_BxSxD)
+    def reason(
+        self,
+        x_BxSxD: jax.Array,
+        context_BxSxD: jax.Array | None,
+        ids_BxS: jax.Array,
+        memory: Memory,
+        heard: History | None = None,
+    ) -> Any:
+        """What the loop makes of the positions and their motifs, int32, -1 for none: a `LoopOutput`; with what was
+        heard before, that and what may be heard after."""
+        return self.loop(x_BxSxD, ids_BxS, memory.get("edges"), context_BxSxD, heard)
 
     def answer(self, x_BxSxD: jax.Array, context_BxSxD: jax.Array | None) -> jax.Array:
         """Logits float32 `(B, S, V)`."""

@@ -129,8 +129,8 @@ class _Parts:
         return {**carry, "x": self.one_block.apply(own, carry["x"])[0]}
 
     def remember(self, variables: Variables, carry: dict[str, Any], tokens: jax.Array) -> dict[str, Any]:
-        x, context = self.run(ArbLM.remember, variables, carry["x"])
-        return {**carry, "x": x, "context": context}
+        context, _ = self.run(ArbLM.remember, variables, carry["x"])
+        return {**carry, "context": context}
 
     def reason(self, variables: Variables, carry: dict[str, Any], tokens: jax.Array) -> Any:
         ids = carry["ids"].astype(jnp.int32) if "ids" in carry else jnp.full(carry["x"].shape[:2], -1, jnp.int32)

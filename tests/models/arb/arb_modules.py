@@ -1,21 +1,18 @@
 """What the tests of the ARB model's parts share: a module with fresh state, and its votes."""
 
-from functools import cached_property, partial
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fresh import fresh
 
-from arbs_jax import Integral, TernaryConfig, matrix_specs, value_and_votes
-from arbs_jax.state import InitConfig, flatten_specs, map_matrices
+from arbs_jax import Integral, TernaryConfig, value_and_votes
+from arbs_jax.state import flatten_specs
 
 TERNARY = TernaryConfig(rule=Integral(), group_size=8)
 # Float sums of equal terms in another order: a few dozen operations deep, values of order one.
 RELATIVE = 200 * 2.0**-24
-
-
-# Compiling is what takes time here.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -35,43 +32,9 @@ def influence_of(function, x: np.ndarray) -> np.ndarray:
     def by_position(x):
         return jnp.sum(function(x), axis=(0, 2))
 
-    gradient = np.asarray(quick_jit(jax.jacrev(by_position))(x))
+    gradient = np.asarray(jax.jit(jax.jacrev(by_position))(x))
     assert np.isfinite(gradient).all()
     return np.abs(gradient).max(axis=(1, 3)) != 0
-
-
-def fresh_state(module, specs, *inputs):
-    """Random variables with the leaves that `module.init` makes, drawn in NumPy: inits take longest to compile."""
-    rng = np.random.default_rng(5)
-    by_path = flatten_specs(specs)
-
-    def draw(path: str, shapes: dict) -> dict[str, np.ndarray]:
-        spec, layers = by_path[path], shapes["votes"].shape
-        exponent = InitConfig().exponent(spec.fan_in or spec.in_features)
-        return {
-            "trits": pack_in_numpy(rng.integers(-1, 2, (*layers, *spec.shape))),
-            "exponent": np.full(shapes["exponent"].shape, exponent, np.int8),
-        }
-
-    @quick_jit  # The int64 leaves are made inside: NumPy's would be narrowed on the way in.
-    def complete(drawn):
-        def whole(path: str, shapes: dict, own: dict) -> dict[str, jax.Array]:
-            return {
-                name: own[name] if name in own else jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()
-            }
-
-        return map_matrices(whole, shapes, drawn)
-
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["ternary"]
-    return {"ternary": complete(map_matrices(draw, shapes))}
-
-
-def pack_in_numpy(trits: np.ndarray) -> np.ndarray:
-    """`arbs_kernels.codec.pack_rows`."""
-    width = -(-trits.shape[-1] // 5)
-    padded = np.pad(trits, [(0, 0)] * (trits.ndim - 1) + [(0, 5 * width - trits.shape[-1])])
-    value = (padded.reshape(*trits.shape[:-1], 5, width) + 1) * np.array([81, 27, 9, 3, 1])[:, None]
-    return (-(-value.sum(axis=-2) * 256 // 243)).astype(np.uint8)
 
 
 class Built:
@@ -79,9 +42,8 @@ class Built:
 
     def __init__(self, module, *inputs):
         self.module, self.inputs = module, inputs
-        self.specs = matrix_specs(module, *inputs)
-        self.variables = fresh_state(module, self.specs, *inputs)
-        self.apply = quick_jit(module.apply)
+        self.variables, self.specs = fresh(module, *inputs)
+        self.apply = jax.jit(module.apply)
 
     @cached_property
     def output(self):
@@ -95,7 +57,7 @@ class Built:
             floats = [leaf for leaf in outputs if jnp.issubdtype(leaf.dtype, jnp.floating)]
             return sum(jnp.sum(leaf * normal(7, *leaf.shape)) for leaf in floats)
 
-        run = quick_jit(value_and_votes(loss, TERNARY.rule, self.specs))
+        run = jax.jit(value_and_votes(loss, TERNARY.rule, self.specs))
         return run(self.variables["ternary"])[1]
 
     def assert_every_matrix_votes_once(self, *inputs):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fresh_state import fresh
+from fresh import fresh
 
 from arbs_jax import Integral, TernaryConfig, value_and_votes
 from arbs_jax.errors import ConfigError

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arb_modules import TERNARY, Built, normal, quick_jit
+from arb_modules import TERNARY, Built, normal
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.models import VOCABULARY
@@ -62,7 +62,7 @@ def test_a_head_works_without_context_and_in_short_floats():
     head = ByteHead(replace(CONFIG, layers=0, dtype="bfloat16"), TERNARY)
     built = Built(head, X)
     assert set(built.variables["ternary"]) == {"head_logits"}
-    total = quick_jit(jax.value_and_grad(lambda x: jnp.sum(head.apply(built.variables, x) ** 2)))
+    total = jax.jit(jax.value_and_grad(lambda x: jnp.sum(head.apply(built.variables, x) ** 2)))
     value, gradient = total(jnp.asarray(X))
     assert value.dtype == jnp.float32
     assert np.isfinite(np.asarray(gradient)).all()

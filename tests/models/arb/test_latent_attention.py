@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arb_modules import TERNARY, Built, close, influence_of, normal, quick_jit
+from arb_modules import TERNARY, Built, close, influence_of, normal
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.models.arb.attention import AttentionConfig, ContextBlock, context_blocks, empty_cache
@@ -40,7 +40,7 @@ def test_every_matrix_votes(block):
 def test_decoding_with_a_cache_is_the_full_forward_pass(stack):
     whole = np.asarray(stack.output[0])
     cached = context_blocks(CONFIG, TERNARY, cached=True)
-    apply = quick_jit(lambda x, cache, start: cached.apply(stack.variables, x, cache, start))
+    apply = jax.jit(lambda x, cache, start: cached.apply(stack.variables, x, cache, start))
     cache = empty_cache(CONFIG, 2, 12)
     assert {name: leaf.shape for name, leaf in cache.items()} == {"latent": (2, 2, 12, 6), "rope": (2, 2, 12, 4)}
     for start in range(0, LENGTH, 2):
@@ -79,7 +79,7 @@ def test_short_activations_and_straight_queries_have_finite_gradients():
     x = jnp.asarray(X, jnp.bfloat16)
     variables = Built(block, x).variables
     assert set(variables["ternary"]["attention"]) == {"q_proj", "kv_down", "k_up", "v_up", "o_proj"}
-    total = quick_jit(jax.grad(lambda x: jnp.sum(block.apply(variables, x)[0].astype(jnp.float32) ** 2)))
+    total = jax.jit(jax.grad(lambda x: jnp.sum(block.apply(variables, x)[0].astype(jnp.float32) ** 2)))
     gradient = total(x)
     assert gradient.dtype == jnp.bfloat16
     assert jnp.isfinite(gradient.astype(jnp.float32)).all()

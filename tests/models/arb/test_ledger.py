@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arb_modules import normal, quick_jit
+from arb_modules import normal
 from support import assert_trees_equal, is_float
 
 from arbs_jax.errors import ConfigError
@@ -18,7 +18,7 @@ LENGTH = 14
 LATENTS = normal(0, 2, LENGTH, 5) * np.exp2(np.random.default_rng(1).uniform(-8, 2, (2, LENGTH, 1))).astype(np.float32)
 LATENTS[0, 1, 0], LATENTS[1, 2] = 1e6, 0
 LATENTS[0, 4:8] = 0
-compiled = quick_jit(partial(append, CONFIG))
+compiled = jax.jit(partial(append, CONFIG))
 
 
 def add(ledger, latents, start, count=None):
@@ -123,7 +123,7 @@ def test_reading_is_exact_in_short_floats(whole):
 
 def test_a_window_has_the_slots_that_the_ledger_will_have(whole):
     before = in_pieces(LATENTS[:, :7], [])
-    slots = quick_jit(partial(window_slots, CONFIG))(LATENTS[:, 7:], jnp.int32(7), before["partial"])
+    slots = jax.jit(partial(window_slots, CONFIG))(LATENTS[:, 7:], jnp.int32(7), before["partial"])
     np.testing.assert_array_equal(slots.positions, [[7, 11]] * 2)
     assert slots.valid.all()
     np.testing.assert_array_equal(slots.latents, read(whole, jnp.float32).latents[:, 1:])
@@ -131,7 +131,7 @@ def test_a_window_has_the_slots_that_the_ledger_will_have(whole):
 
 def test_gradients_are_those_of_the_mean():
     weights = normal(3, 2, 4, 5)
-    total = quick_jit(jax.grad(lambda x: jnp.sum(window_slots(CONFIG, x, 1).latents[:, :3] * weights[:, :3])))
+    total = jax.jit(jax.grad(lambda x: jnp.sum(window_slots(CONFIG, x, 1).latents[:, :3] * weights[:, :3])))
     gradient = np.asarray(total(LATENTS[:, :11]))
     # From position 1 on, the first stride has three positions in the window.
     expected = np.repeat(weights[:, :3] / np.float32(4), 4, axis=1)[:, 1:]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fresh_state import fresh
+from fresh import fresh
 from support import is_float
 
 from arbs_jax import Integral, TernaryConfig

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arb_modules import TERNARY, Built, close, normal, quick_jit
+from arb_modules import TERNARY, Built, close, normal
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.models import VOCABULARY, cross_entropy
@@ -40,7 +40,7 @@ def test_a_position_depends_on_its_three_bytes_only(built):
         weights = dense | {"embed": {"weight": table}}
         return jnp.sum(built.module.apply({"dense": weights}, TOKENS), axis=-1)
 
-    gradient = np.asarray(quick_jit(jax.jacrev(by_position))(dense["embed"]["weight"]))
+    gradient = np.asarray(jax.jit(jax.jacrev(by_position))(dense["embed"]["weight"]))
     influence = np.abs(gradient).max(axis=-1) != 0
     expected = np.zeros_like(influence)
     for row, position in np.ndindex(2, LENGTH - 2):
@@ -62,8 +62,8 @@ def test_every_matrix_votes(built):
 
 def test_the_loss_is_that_of_the_byte_after_each_trigram():
     logits = normal(1, 2, LENGTH - 2, VOCABULARY)
-    expected = quick_jit(cross_entropy)(logits[:, :-1], TOKENS[:, 3:])
-    got = quick_jit(trigram_cross_entropy)(jnp.asarray(logits, jnp.bfloat16), TOKENS.astype(np.uint16))
+    expected = jax.jit(cross_entropy)(logits[:, :-1], TOKENS[:, 3:])
+    got = jax.jit(trigram_cross_entropy)(jnp.asarray(logits, jnp.bfloat16), TOKENS.astype(np.uint16))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=0, atol=2**-8 * np.abs(logits).max() * 2)
     np.testing.assert_array_equal(targets(TOKENS), TOKENS[:, 3:])

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arb_modules import fresh_state, quick_jit
+from fresh import fresh
 
-from arbs_jax import Integral, TernaryConfig, matrix_specs
+from arbs_jax import Integral, TernaryConfig
 from arbs_jax.models.arb.attention import AttentionConfig, ContextBlock, context_blocks
 from arbs_jax.models.arb.head import ByteHead, HeadConfig
 from arbs_jax.models.arb.ledger import LedgerConfig
@@ -57,15 +57,16 @@ def head(variables, x, tokens):
 def test_the_sweep_trains_the_parts():
     x = jnp.zeros((4, LENGTH - 2, 32), jnp.float32)
     inputs = {"sequencer": (texts(0)[0],), "blocks": (x, None, 0), "reader": (x,), "head": (x, x)}
-    specs = {name: matrix_specs(part, *inputs[name]) for name, part in PARTS.items()}
-    ternary = {name: fresh_state(part, specs[name], *inputs[name])["ternary"] for name, part in PARTS.items()}
+    made = {name: fresh(part, *inputs[name]) for name, part in PARTS.items()}
+    ternary = {name: variables["ternary"] for name, (variables, _) in made.items()}
+    specs = {name: own for name, (_, own) in made.items()}
     stages = (
         Stage(("sequencer",), sequencer),
         Stage(("blocks",), block, stacked=True),
         Stage(("reader", "head"), head),
     )
     sweep = Sweep(stages, RULE, specs)
-    step = quick_jit(lambda *given: sweep(*given), donate_argnums=0)
+    step = jax.jit(lambda *given: sweep(*given), donate_argnums=0)
     losses = []
     for at in range(STEPS):
         ternary, loss, moved, _ = step(ternary, texts(at), jnp.int32(at), jax.random.key(1), jnp.bool_(False))

@@ -1,0 +1,132 @@
+"""`arbs smoke`: does a model run here, how fast, and in how much memory?"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from arbs_jax.audit import require_integers
+from arbs_jax.cli.display import console, megabytes, table
+from arbs_jax.cli.options import ModelFlags, whole
+from arbs_jax.compilation import enable_cache
+from arbs_jax.config import RunConfig
+from arbs_jax.errors import ConfigError, StateError
+from arbs_jax.training.program import Program
+from arbs_jax.training.room import check_room, device_room, peak_bytes
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """Run a fresh model once on random bytes: forward, and with --backward one update of its state.
+
+    Without --model and --preset: the smallest ARB model, one window of 64 bytes. Nothing is written but the compilation
+    cache.
+    """
+
+    model: Annotated[ModelFlags, tyro.conf.arg(name="")] = ModelFlags()  # noqa: RUF009
+    backward: bool = False
+    """Also take training steps."""
+    runs: Annotated[int, whole("--runs")] = 3
+    """Warm runs of each kind; the median is shown."""
+    json: bool = False
+    """Print one JSON object in place of the table."""
+
+    def resolve(self) -> RunConfig:
+        """The configuration: the flags, on one window."""
+        flags = self.model
+        if flags.model is None and flags.preset is None:
+            flags = replace(flags, model="arb")
+        if flags.batch is None:
+            flags = replace(flags, batch=1)
+        return flags.resolve()
+
+
+def run(args: Smoke) -> None:
+    """Carries out `arbs smoke`."""
+    if args.runs < 1:
+        raise ConfigError(f"--runs must be at least 1, got {args.runs}")
+    config = args.resolve()
+    enable_cache()
+    program = Program(config)
+    account = program.account
+    require_integers(account)
+    room = device_room(jax.local_devices()[0])
+    check_room(account.state_bytes, room, f"the state of {config.preset}")
+    began = time.perf_counter()
+    fresh = jax.block_until_ready(program.init_state())
+    result: dict[str, Any] = {
+        "preset": config.preset,
+        "rule": config.rule.name,
+        "logical_ternary_weights": account.logical_ternary_weights,
+        "state_megabytes": account.state_bytes / 1e6,
+        "seconds_init": time.perf_counter() - began,
+        "init_peak_megabytes": _peak(),
+    }
+    rng = np.random.default_rng(config.train.seed)
+    shape = (config.train.accum, config.train.batch, config.train.context + 1)
+    tokens = rng.integers(0, 256, shape, dtype=np.uint8)
+    forward, loss = timed(lambda: program.loss(fresh, tokens[0]), args.runs)
+    result |= {"forward_cold": forward[0], "forward_warm": forward[1], "nats_per_byte": float(loss)}
+    result["forward_peak_megabytes"] = _peak()
+    if args.backward:
+        began = time.perf_counter()
+        compiled = program.compile_step()
+        check_room(peak_bytes(compiled), room)
+        seconds = time.perf_counter() - began
+        held = [fresh]
+        del fresh  # The step takes the state's memory over.
+
+        def step() -> Any:
+            held[0], metrics = compiled(held[0], tokens)
+            return metrics["loss"]
+
+        backward, loss = timed(step, args.runs)
+        result |= {"step_cold": seconds + backward[0], "step_warm": backward[1], "nats_per_byte": float(loss)}
+    result["device_peak_megabytes"] = _peak()
+    if not math.isfinite(result["nats_per_byte"]):
+        raise StateError(f"the loss of a fresh {config.preset} is {result['nats_per_byte']}")
+    if args.json:
+        print(json.dumps(result))
+        return
+    console.print(table(f"{config.preset}, rule {config.rule.name}", ("", "value"), list(_rows(result, account))))
+
+
+def _peak() -> float | None:
+    """The most megabytes that this process held on the device so far; None where it does not tell."""
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return None if peak is None else peak / 1e6
+
+
+def timed(function: Callable[[], jax.Array], runs: int) -> tuple[tuple[float, float], jax.Array]:
+    """((seconds of the first call with its compilation, the median of the next), the last result)."""
+    seconds = []
+    result = None
+    for _ in range(runs + 1):
+        began = time.perf_counter()
+        result = jax.block_until_ready(function())
+        seconds.append(time.perf_counter() - began)
+    assert result is not None
+    return (seconds[0], float(np.median(seconds[1:]))), result
+
+
+def _rows(result: dict[str, Any], account: Any) -> Any:
+    """Lines for people."""
+    yield "logical ternary weights", f"{result['logical_ternary_weights']:,}"
+    yield "persistent state", megabytes(account.state_bytes)
+    yield "fresh state", f"{result['seconds_init']:.1f} s"
+    for name in ("forward", "step"):
+        if f"{name}_cold" in result:
+            yield f"{name}, cold", f"{result[f'{name}_cold']:.1f} s"
+            yield f"{name}, warm", f"{result[f'{name}_warm'] * 1e3:.1f} ms"
+    yield "loss", f"{result['nats_per_byte']:.3f} nats/byte"
+    if result["device_peak_megabytes"] is None:
+        yield "device peak", "not told by this device"
+        return
+    for name, until in (("init", "making the state"), ("forward", "forward"), ("device", "the end")):
+        yield f"device peak until {until}", f"{result[f'{name}_peak_megabytes']:,.0f} MB"
