@@ -41,7 +41,8 @@ def arb_stages(config: ArbConfig, ternary: TernaryConfig) -> tuple[Stage, ...]:
         memory, observe = (("edges",), parts.meet) if graph else ((), None)
         stages.append(Stage(("loop",), parts.reason, uses=parts.uses, memory=memory, observe=observe))
     entry = {"head_entry": config.attention_part, "foresight": config.vq_part}
-    stages.append(Stage(tuple(name for name, part in entry.items() if part is not None), parts.enter_head))
+    if keys := tuple(name for name, part in entry.items() if part is not None):
+        stages.append(Stage(keys, parts.enter_head))
     if config.head_layers:
         stages.append(Stage(("head_layers",), parts.head_layer, stacked=True))
     return (*stages, Stage(("head_logits",), parts.answer))
