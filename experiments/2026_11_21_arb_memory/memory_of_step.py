@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,33 +22,25 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "2026_11_21_update_kernels
 sys.path.insert(0, str(Path(__file__).parent.parent / "2026_11_20_rules"))
 from kernels_of_step import target
 
-from arbs_jax.audit import Audit, audit
-from arbs_jax.layers import COLLECTION, MEMORY, TernaryConfig
-from arbs_jax.models.arb.model import ArbLM, empty_memory
-from arbs_jax.models.arb.presets import ARB_PRESETS, PARTS, arb_preset
-from arbs_jax.models.arb.stages import arb_stages
-from arbs_jax.rules import RULES, RuleConfig, default_group_size, make_rule
-from arbs_jax.training.layerwise import Sweep
+from arbs_jax.config import RunConfig, TrainConfig
+from arbs_jax.models.arb.presets import ARB_PRESETS
+from arbs_jax.models.presets import preset
+from arbs_jax.rules import RULES, RuleConfig, default_group_size
+from arbs_jax.training.program import Program
 from arbs_jax.training.room import peak_bytes
-from arbs_jax.training.step import TrainState, fresh_state, jit_step, make_step
-from arbs_jax.votes import matrix_specs
 
 
-def step_of(preset: str, rule_name: str) -> tuple[Any, TrainState, Audit]:
-    """(the jitted step, shapes of its state, the account of it)."""
-    config = arb_preset(preset, dtype="bfloat16", remat=True)
-    rule = make_rule(RuleConfig(rule_name), steps=1000, votes_per_step=1, dtype="bfloat16")
-    ternary = TernaryConfig(rule, default_group_size(rule_name))
-    model, tokens = ArbLM(config, ternary), jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    specs = matrix_specs(model, tokens, whole=True)
-
-    def fresh(tokens: jax.Array) -> TrainState:
-        return fresh_state(model.init(jax.random.key(0), tokens)[COLLECTION], empty_memory(config))
-
-    state = jax.eval_shape(fresh, tokens)
-    account = audit({COLLECTION: state.ternary, MEMORY: state.memory}, specs, [state.step, state.halted], PARTS)
-    sweep = Sweep(arb_stages(config, ternary), rule, specs, remat=True, dtype="bfloat16")
-    return jit_step(make_step(sweep, 0)), state, account
+def program_of(args: argparse.Namespace) -> Program:
+    """The program whose step is compiled."""
+    return Program(
+        RunConfig(
+            preset=args.preset,
+            model=preset(args.preset, dtype="bfloat16", remat=True),
+            group_size=default_group_size(args.rule),
+            rule=RuleConfig(args.rule),
+            train=TrainConfig(batch=1, context=args.context),
+        )
+    )
 
 
 def main() -> None:
@@ -61,7 +52,8 @@ def main() -> None:
     parser.add_argument("--dump", type=Path)
     args = parser.parse_args()
     jax.config.update("jax_explicit_x64_dtypes", "allow")
-    step, state, account = step_of(args.preset, args.rule)
+    program = program_of(args)
+    step, state, account = program.step, program.abstract_state, program.account
     table = Table("part", "weights, M", title=f"{args.preset}, {args.rule}", title_justify="left")
     for part, weights in account.weights_by_part.items():
         table.add_row(part, f"{weights / 1e6:,.1f}")

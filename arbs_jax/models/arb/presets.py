@@ -1,9 +1,5 @@
 """ARB models by name, and what their parts are called in an account of them."""
 
-from dataclasses import replace
-from typing import Any
-
-from arbs_jax.errors import ConfigError
 from arbs_jax.models.arb.config import ArbConfig
 
 ARB_PRESETS: dict[str, ArbConfig] = {
@@ -120,14 +116,3 @@ PARTS: dict[str, str] = {
     "router": "router",
 }
 """What the audit calls the parts of an ARB model, by the paths of their state (`arbs_jax.audit.audit`)."""
-
-
-def arb_preset(name: str, **changes: Any) -> ArbConfig:
-    """The preset of that name, with fields replaced.
-
-    Raises:
-        ConfigError: no such preset, or a field out of range.
-    """
-    if name not in ARB_PRESETS:
-        raise ConfigError(f"no preset {name!r}; pass one of {', '.join(ARB_PRESETS)}")
-    return replace(ARB_PRESETS[name], **changes)

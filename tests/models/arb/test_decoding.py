@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arb_modules import TERNARY, fresh_state, quick_jit
+from arb_modules import TERNARY
+from fresh import fresh
 from support import is_float
 
-from arbs_jax import matrix_specs
 from arbs_jax.errors import ConfigError
 from arbs_jax.models.arb.config import ArbConfig
 from arbs_jax.models.arb.decoding import Decoding, decode, empty_decoding
@@ -56,11 +56,10 @@ class Reader:
     def __init__(self, config: ArbConfig):
         self.config, self.model = config, ArbLM(config, TERNARY)
         inputs = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-        self.specs = matrix_specs(self.model, inputs, whole=True)
-        self.variables = fresh_state(self.model, self.specs, inputs)
+        self.variables, self.specs = fresh(self.model, inputs, whole=True)
         self.memory = counted_memory(config)
-        self.read = quick_jit(partial(decode, self.model))
-        self.apply = quick_jit(self.model.apply)
+        self.read = jax.jit(partial(decode, self.model))
+        self.apply = jax.jit(self.model.apply)
 
     def whole(self, tokens: np.ndarray) -> np.ndarray:
         return np.asarray(self.apply(self.variables, tokens, self.memory))
@@ -82,7 +81,7 @@ def counted_memory(config: ArbConfig):
     if "memgram" in memory:
         assert config.memgram_part is not None
         ids = jnp.asarray(rng.integers(0, config.vq_rows, (2, 600)), jnp.int32)
-        memory["memgram"] = quick_jit(observe_memgram, static_argnums=2)(memory["memgram"], ids, config.memgram_part)
+        memory["memgram"] = jax.jit(observe_memgram, static_argnums=2)(memory["memgram"], ids, config.memgram_part)
     return memory
 
 
@@ -161,7 +160,7 @@ def test_weights_decoded_once_read_the_same():
     """Tables and experts stay packed, and are found beside what was decoded."""
     reader = Reader(replace(CONFIG, attention=False))
     packed = reader.in_pieces(TOKENS, [])[0]
-    dense = quick_jit(lambda tree: decode_tree(tree, reader.specs, TERNARY.rule, jnp.dtype("float32")))
+    dense = jax.jit(lambda tree: decode_tree(tree, reader.specs, TERNARY.rule, jnp.dtype("float32")))
     decoded = dense(reader.variables["ternary"])
     assert decoded["vq"]["codebook"] == decoded["loop"]["loop"]["experts"]["up_proj"] == {}
     reader.variables["dense"] = decoded

@@ -48,7 +48,8 @@ CONFIG = ArbConfig(
     head_hidden=48,
     modality_hidden=8,
 )
-PARTS = {"sequencer", "vq", "kg", "memgram", "blocks", "reader", "loop", "head", "foresight"}
+PARTS = {"sequencer", "vq", "kg", "memgram", "blocks", "reader", "loop", "foresight"}
+PARTS |= {"head_entry", "head_layers", "head_logits"}
 UNTRAINED = {"video", "talker", "router"}
 """Heads for other modalities."""
 LENGTH = 21
@@ -84,10 +85,10 @@ def remembered(config: ArbConfig):
 
 OFF = {
     ("vq", "graph", "memgram", "moe"): {"vq", "kg", "memgram", "foresight", "loop"},
-    ("vq", "graph", "memgram", "attention"): {"vq", "kg", "memgram", "foresight", "blocks", "reader"},
-    ("attention", "graph", "moe"): {"blocks", "reader", "loop"},
-    ("attention", "memgram", "moe"): {"blocks", "reader", "memgram"},
-    ("vq", "graph", "memgram", "attention", "moe"): PARTS - {"sequencer", "head"},
+    ("vq", "graph", "memgram", "attention"): {"vq", "kg", "memgram", "foresight", "blocks", "reader", "head_entry"},
+    ("attention", "graph", "moe"): {"blocks", "reader", "head_entry", "loop"},
+    ("attention", "memgram", "moe"): {"blocks", "reader", "head_entry", "memgram"},
+    ("vq", "graph", "memgram", "attention", "moe"): PARTS - {"sequencer", "head_layers", "head_logits"},
 }
 """Switches, and the subtrees that go with them: every part by itself, so that a step is compiled soon, and none."""
 
