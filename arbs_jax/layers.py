@@ -71,7 +71,7 @@ class _TernaryMatrix(nn.Module):
                 self.variable(COLLECTION, name, leaf, name)
         else:
             self.sow(SPECS, "spec", spec, reduce_fn=lambda _, new: new, init_fn=lambda: None)
-        kinds = ("rows", "ids", "count") if spec.sparse else (config.rule.probe, "count")
+        kinds = ("rows", "ids", "count") if spec.sparse else (config.rule.probe, "x", "dy", "sizes", "count")
         kinds = [name for name in kinds if self.has_variable(PROBES, name)]
         probe = {name: self.get_variable(PROBES, name) for name in kinds} or None
         return leaves, probe
@@ -197,13 +197,16 @@ class TernaryExperts(_TernaryMatrix):
     features: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        """`y = x W_e^T` with `group_sizes` int32 (X,) rows of each expert in order; those past their sum give zeros."""
+    def __call__(self, x: jax.Array, group_sizes: jax.Array, use: jax.Array | int = 0) -> jax.Array:
+        """`y = x W_e^T` with `group_sizes` int32 (X,) rows of each expert in order; those past their sum give zeros.
+
+        `use` is the number of this use in a pass, for a probe of factors (`arbs_kernels.grouped_autodiff`).
+        """
         if self.experts < 1:
             raise ConfigError(f"TernaryExperts.experts must be at least 1, got {self.experts}")
         spec = MatrixSpec(self.features, x.shape[-1], self.config.group_size, experts=self.experts)
         leaves, probe = self._matrix(spec)
-        return ternary_grouped_matmul(x, group_sizes, leaves, self._matmul_spec(spec), probe)
+        return ternary_grouped_matmul(x, group_sizes, leaves, self._matmul_spec(spec), probe, use)
 
 
 class TernaryRMSNorm(nn.Module):

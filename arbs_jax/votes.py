@@ -1,5 +1,6 @@
 """From a loss over a Linen model to integer votes, and from votes to the next state: the five-line training loop."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from arbs_jax.rules import Rule
 from arbs_jax.state import MatrixSpec, Tree, flatten_specs, map_matrices
 from arbs_kernels.autodiff import make_probe
 from arbs_kernels.decode import decode
+from arbs_kernels.grouped_autodiff import expert_gradient, make_factor_probe
 from arbs_kernels.table_autodiff import make_rows_probe
 
 
@@ -42,11 +44,13 @@ def make_probes(
     rule: Rule,
     dtype: jnp.dtype = jnp.float32,
     lookups: Mapping[str, int] | None = None,
+    uses: Mapping[str, tuple[int, int]] | None = None,
 ) -> Any:
     """Zero probes for the collection "probes", nested like `ternary`; stacked matrices get stacked probes.
 
     `dtype` is that of the gradients that rules sample. `lookups` says by path how many rows of a sparse table one pass
-    looks up; 0 where it is silent.
+    looks up; 0 where it is silent. `uses` says by path how often a pass uses a set of experts and with how many rows:
+    where these take less than the gradient of one expert, they are what is collected.
     """
     by_path, rows = flatten_specs(specs), lookups or {}
 
@@ -54,6 +58,9 @@ def make_probes(
         spec = by_path[path]
         if spec.sparse:
             return make_rows_probe(rows.get(path, 0), spec.in_features, dtype)
+        often, wide = (uses or {}).get(path, (0, 0))
+        if rule.probe == "gradient" and 0 < often * wide * sum(spec.shape) <= math.prod(spec.shape):
+            return make_factor_probe(often, wide, spec.experts, *spec.shape, dtype)
         single = make_probe(rule.probe, spec.out_features, spec.in_features, spec.group_size, dtype)
         stack = matrix["votes"].shape
         return jax.tree.map(lambda leaf: jnp.zeros(stack + leaf.shape, leaf.dtype), single)
@@ -109,10 +116,20 @@ def add_votes(rule: Rule, specs: Tree, *votes: Tree) -> Any:
     return add("", votes)
 
 
+def dense_gradients(spec: MatrixSpec, collected: Any) -> Any:
+    """What was collected, with the gradients of all experts in place of their factors, if it is these."""
+    if "sizes" not in collected:
+        return collected
+    numbers = jnp.arange(spec.experts, dtype=jnp.int32)
+    gradient = jax.lax.map(partial(expert_gradient, collected), numbers)
+    return {"gradient": gradient, "count": collected["count"]}
+
+
 def matrix_vote(rule: Rule, spec: MatrixSpec, matrix: Any, collected: Any, key: jax.Array) -> Any:
     """The vote of one pass on what stands at one path: a matrix, a sparse table, or the matrices of experts."""
     if spec.sparse:
         return tables.cast(rule, collected, matrix, spec, key)
+    collected = dense_gradients(spec, collected)
     return each_expert(
         lambda single, own, *nodes: rule.vote(nodes[1], nodes[0], single, own), spec, key, matrix, collected
     )

@@ -36,6 +36,9 @@ class Stage:
     """Whether the subtree has a leading layer axis, over which the stage is repeated."""
     lookups: Callable[[Any], dict[str, int]] | None = None
     """From a micro-batch (or its shapes) to the rows that the stage looks up in each of its sparse tables, by path."""
+    uses: Callable[[Any], dict[str, tuple[int, int]]] | None = None
+    """From a micro-batch (or its shapes) to how often the stage uses each of its sets of experts, by path, and with how
+    many rows each time: with few, backward keeps these in place of all experts' gradients."""
     memory: tuple[str, ...] = ()
     """Parts of the bookkeeping memory that the stage reads, as `variables["memory"][name]`, and may observe."""
     observe: Observe | None = None

@@ -25,7 +25,8 @@ from arbs_jax.training import table_votes
 from arbs_jax.training.bookkeeping import observed, with_memory
 from arbs_jax.training.micro_batches import map_micro
 from arbs_jax.training.table_votes import RowVotes
-from arbs_jax.votes import each_expert, make_probes, matrix_key, matrix_vote
+from arbs_jax.votes import dense_gradients, each_expert, make_probes, matrix_key, matrix_vote
+from arbs_kernels.grouped_autodiff import expert_gradient
 
 _MOST_TOGETHER = 2**22
 """Weights of a matrix, or of a set of experts, beyond which it moves alone."""
@@ -312,7 +313,8 @@ class Sweep:
         is, so that no copy of it waits beside the activations."""
         specs = {name: self.specs[name] for name in stage.keys}
         lookups = stage.lookups(batch) if stage.lookups else None
-        probes = make_probes(subtrees, specs, self.rule, jnp.dtype(self.dtype), lookups)
+        uses = stage.uses(batch) if stage.uses else None
+        probes = make_probes(subtrees, specs, self.rule, jnp.dtype(self.dtype), lookups, uses)
 
         def run(subtrees: Subtrees, probes: Any, carry: Carry) -> tuple[Carry, Any]:
             return self._run(stage, {COLLECTION: subtrees, PROBES: probes}, carry, batch)
@@ -360,8 +362,9 @@ class Sweep:
         def each(spec: MatrixSpec, matrix: Any, found: Any, own: jax.Array, passing: jax.Array) -> tuple[Any, Report]:
             if spec.sparse:  # Its rows move by themselves.
                 return matrix, empty_report()
-            by_turns = spec.experts and spec.weights > _MOST_TOGETHER
-            return (_by_turns if by_turns else each_expert)(one, spec, (own, passing), matrix, found)
+            if spec.experts and spec.weights > _MOST_TOGETHER:
+                return _by_turns(one, spec, (own, passing), matrix, found)
+            return each_expert(one, spec, (own, passing), matrix, dense_gradients(spec, found))
 
         def layers(spec: MatrixSpec, *nodes: Any) -> tuple[Any, Report]:
             if keys.shape[0] > 1:
@@ -411,9 +414,15 @@ def _by_turns(
 
     def move(carry: tuple[Any, Report], number: jax.Array) -> tuple[tuple[Any, Report], None]:
         leaves, report = carry
-        single, own = jax.tree.map(
-            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), (leaves, found)
-        )
+
+        def its(tree: Any) -> Any:
+            return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), tree)
+
+        single = its(leaves)
+        if "sizes" in found:
+            own = {"gradient": expert_gradient(found, number), "count": found["count"][number]}
+        else:
+            own = its(found)
         # Copied out, lest what has moved be read again and a second set of experts be kept.
         single, own = jax.lax.optimization_barrier((single, own))
         its_keys = jax.tree.map(lambda key: jax.random.fold_in(key, number), keys)

@@ -103,11 +103,16 @@ class Kinds:
     """What backward needs of a probe: keys and dtypes. Its zeros are not saved, they may have the weight's shape."""
 
     dtypes: tuple[tuple[str, jnp.dtype], ...]
+    uses: int = 0
+    """Uses of experts that a probe of factors has room for; 0 for other probes."""
 
 
 def kinds_of(probe: Probe | None) -> Kinds | None:
     """What to save of a probe; None where no votes are collected."""
-    return None if probe is None else Kinds(tuple((name, leaf.dtype) for name, leaf in probe.items()))
+    if probe is None:
+        return None
+    uses = probe["sizes"].shape[0] if "sizes" in probe else 0
+    return Kinds(tuple((name, leaf.dtype) for name, leaf in probe.items()), uses)
 
 
 def _votes(

@@ -145,6 +145,7 @@ class Experts(nn.Module):
     """Normalised positions `(..., D)` to `ExpertsOutput`: the weighted sum of `top_k` SiLU-gated MLPs.
 
     Inactive positions (bool (...), all active by default) cost no expert anything, and vote for none.
+    `use` is the number of this use of the experts in a pass.
     """
 
     config: ExpertsConfig
@@ -152,7 +153,11 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, context: jax.Array | None = None, active: jax.Array | None = None
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        active: jax.Array | None = None,
+        use: jax.Array | int = 0,
     ) -> ExpertsOutput:
         config = self.config
         x_MxD = x.reshape(-1, x.shape[-1])
@@ -172,7 +177,7 @@ class Experts(nn.Module):
 
         def grouped(name: str, features: int, rows: jax.Array) -> jax.Array:
             layer = TernaryExperts(experts=config.experts, features=features, config=self.ternary, name=name)
-            return layer(rows, routing.counts_X)
+            return layer(rows, routing.counts_X, use)
 
         rows = rearrange(config.top_k, x_MxD, order, inverse)
         hidden = nn.silu(grouped("gate_proj", config.hidden, rows)) * grouped("up_proj", config.hidden, rows)

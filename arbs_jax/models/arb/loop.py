@@ -133,13 +133,14 @@ class _Iteration(nn.Module):
     def __call__(
         self,
         carry: _Carry,
-        last: jax.Array,
+        number: jax.Array,
         entered_BxSxD: jax.Array,
         band: jax.Array | None,
         context_BxSxD: jax.Array | None,
         earlier_BxLxD: jax.Array | None,
     ) -> tuple[_Carry, jax.Array | None]:
         config, before, active = self.config, carry.x_BxSxD, carry.active_BxS
+        last = number == config.max_iters - 1
         update, messages = jnp.zeros_like(before), None
         if config.graph is not None and band is not None:
             graph = MessagePassing(config.graph, self.ternary, name="graph")
@@ -148,7 +149,7 @@ class _Iteration(nn.Module):
             messages = latest if earlier_BxLxD is not None else None
         if config.experts is not None:
             experts = Experts(config.experts, self.ternary, name="experts")
-            made = experts(TernaryRMSNorm()(before + update), context_BxSxD, active)
+            made = experts(TernaryRMSNorm()(before + update), context_BxSxD, active, number)
             update = update + made.update
             running = jnp.sum(active, dtype=jnp.int32).astype(jnp.float32)
             carry = carry._replace(
@@ -223,9 +224,9 @@ class MoEGraph(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=config.max_iters,
         )(config, self.ternary, name="loop")
-        last = jnp.arange(config.max_iters, dtype=jnp.int32) == config.max_iters - 1
+        numbers = jnp.arange(config.max_iters, dtype=jnp.int32)
         earlier = None if history is None else history["messages"]
-        carry, messages = loop(self._start(x_BxSxD), last, x_BxSxD, band, context_BxSxD, earlier)
+        carry, messages = loop(self._start(x_BxSxD), numbers, x_BxSxD, band, context_BxSxD, earlier)
         output = _output(carry, x_BxSxD.dtype)
         if history is None:
             return output

@@ -39,9 +39,10 @@ def arb_stages(config: ArbConfig, ternary: TernaryConfig) -> tuple[Stage, ...]:
     if config.loop_part is not None:
         graph = config.loop_part.graph is not None
         memory, observe = (("edges",), parts.meet) if graph else ((), None)
-        stages.append(Stage(("loop",), parts.reason, memory=memory, observe=observe))
+        stages.append(Stage(("loop",), parts.reason, uses=parts.uses, memory=memory, observe=observe))
     entry = {"head_entry": config.attention_part, "foresight": config.vq_part}
-    stages.append(Stage(tuple(name for name, part in entry.items() if part is not None), parts.enter_head))
+    if keys := tuple(name for name, part in entry.items() if part is not None):
+        stages.append(Stage(keys, parts.enter_head))
     if config.head_layers:
         stages.append(Stage(("head_layers",), parts.head_layer, stacked=True))
     return (*stages, Stage(("head_logits",), parts.answer))
@@ -81,6 +82,15 @@ class _Parts:
         if config.memgram_part is not None:
             found["memgram/structural"] = positions * len(config.memgram_part.orders)
         return found
+
+    def uses(self, tokens: Any) -> dict[str, tuple[int, int]]:
+        """(iterations, rows) of the experts' matrices."""
+        config = self.config
+        if not config.moe:
+            return {}
+        rows = config.top_k * tokens.shape[0] * (tokens.shape[1] - TRIGRAM)
+        names = ("gate_proj", "up_proj", "down_proj")
+        return {f"loop/loop/experts/{name}": (config.max_moe_iters, rows) for name in names}
 
     def motifs(self, variables: Variables, carry: dict[str, Any], tokens: jax.Array) -> tuple[dict[str, Any], Any]:
         x, found, composite = self.run(ArbLM.motifs, variables, carry["x"], variables[MEMORY])
