@@ -77,7 +77,7 @@ def test_a_saved_configuration_that_does_not_fit(damage: Any):
             "--ctx 1025 is longer than the model's context of 1024 bytes; lower it or choose another --preset",
         ),
         (lambda: replace(ARB, train=TrainConfig(context=2)), "--ctx 2 is too short .* 3 bytes"),
-        (lambda: preset("arb-tiny", context=8192), "8192 positions .* 256 slots of 16 .* ledger"),
+        (lambda: preset("arb-tiny", context=8192), "8192 positions .* slots of 16 .* ledger"),
         (lambda: preset("arb-tiny", vq=False), "--disable-vq needs --disable-graph as well"),
         (
             lambda: preset("arb-tiny", vq=False, graph=False, memgram=True),
