@@ -77,6 +77,7 @@ def run(args: Smoke) -> None:
     if args.backward:
         began = time.perf_counter()
         compiled = program.compile_step()
+        result["step_planned_megabytes"] = peak_bytes(compiled) / 1e6
         check_room(peak_bytes(compiled), room)
         seconds = time.perf_counter() - began
         held = [fresh]
@@ -124,6 +125,8 @@ def _rows(result: dict[str, Any], account: Any) -> Any:
         if f"{name}_cold" in result:
             yield f"{name}, cold", f"{result[f'{name}_cold']:.1f} s"
             yield f"{name}, warm", f"{result[f'{name}_warm'] * 1e3:.1f} ms"
+    if "step_planned_megabytes" in result:
+        yield "device memory of a step, by the compiler", f"{result['step_planned_megabytes']:,.0f} MB"
     yield "loss", f"{result['nats_per_byte']:.3f} nats/byte"
     if result["device_peak_megabytes"] is None:
         yield "device peak", "not told by this device"

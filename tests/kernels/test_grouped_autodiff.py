@@ -12,6 +12,8 @@ from arbs_kernels.codec import pack_rows
 from arbs_kernels.grouped_autodiff import ternary_grouped_matmul
 from arbs_kernels.grouped_matmul import grouped_weight_gradient
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 X, N, K, G, M = 3, 5, 12, 4, 9
 SIZES = jnp.asarray([4, 0, 3], jnp.int32)
 SPANS = ((0, 4), (4, 4), (4, 7))
@@ -50,21 +52,21 @@ def test_equals_the_matrices_one_by_one(problem, kind):
     @jax.jit
     def both(x, probe):
         loss = lambda x, probe: jnp.sum(ternary_grouped_matmul(x, SIZES, leaves, SPEC, probe) * gy)  # noqa: E731
-        return jax.grad(loss, (0, 1))(x, probe)
+        return jax.grad(loss, (0, 1))(x, probe), ternary_grouped_matmul(x, SIZES, leaves, SPEC)
 
-    y = ternary_grouped_matmul(x, SIZES, leaves, SPEC)
-    dx, votes = both(x, probes(kind))
+    @jax.jit
+    def alone(x, gy, own, probe):
+        product = lambda x, probe: ternary_matmul(x, own, SPEC, probe)  # noqa: E731
+        return product(x, None), jax.grad(lambda x, probe: jnp.sum(product(x, probe) * gy), (0, 1))(x, probe)
+
+    (dx, votes), y = both(x, probes(kind))
     for expert, (start, end) in enumerate(SPANS):
-        own = jax.tree.map(lambda leaf, at=expert: leaf[at], leaves)
         if start == end:
             assert not any(np.asarray(leaf[expert]).any() for leaf in votes.values())
             continue
-
-        def loss(x, probe, own=own, start=start, end=end):
-            return jnp.sum(ternary_matmul(x, own, SPEC, probe) * gy[start:end])
-
-        np.testing.assert_array_equal(y[start:end], ternary_matmul(x[start:end], own, SPEC))
-        own_dx, own_votes = jax.grad(loss, (0, 1))(x[start:end], make_probe(kind, N, K, G))
+        own = jax.tree.map(lambda leaf, at=expert: np.asarray(leaf)[at], leaves)
+        own_y, (own_dx, own_votes) = alone(x[start:end], gy[start:end], own, make_probe(kind, N, K, G))
+        np.testing.assert_array_equal(y[start:end], own_y)
         np.testing.assert_array_equal(dx[start:end], own_dx)
         for name, vote in own_votes.items():
             np.testing.assert_array_equal(votes[name][expert], vote)
@@ -82,7 +84,7 @@ def test_uses_in_a_loop_add_up(problem):
         body = lambda total, own: (total + jnp.sum(ternary_grouped_matmul(x, own, leaves, SPEC, probe) * gy), None)  # noqa: E731
         return jax.lax.scan(body, jnp.float32(0), sizes)[0]
 
-    assert jax.grad(loss)(probes("score"))["count"].tolist() == [2, 0, 3]
+    assert jax.jit(jax.grad(loss))(probes("score"))["count"].tolist() == [2, 0, 3]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -180,10 +180,8 @@ def test_stages_that_do_not_fit_are_refused(ternary):
         trace((front,), state={"front": jax.tree.map(lambda leaf: leaf[None], ternary["front"])})
 
 
-@pytest.mark.parametrize(
-    "rule",
-    ["integral", pytest.param("latent10", marks=pytest.mark.slow), pytest.param("latent18", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["integral", "latent10", "latent18"])
 def test_a_step_on_a_table_of_a_million_rows_is_in_place(rule):
     """A thousand lookups: temporaries are of their rows, though observing writes into the table as well."""
     rows, width, rule = 2**20, 64, make_rule(RuleConfig(rule), steps=20, votes_per_step=1)

@@ -39,7 +39,7 @@ def halting(shielded):
     return layer, (IDS, edges), lambda out: out.halting_cost, "loop/halting"
 
 
-@pytest.mark.parametrize("part", [commitment, balance, halting])
+@pytest.mark.parametrize("part", [commitment, balance, pytest.param(halting, marks=pytest.mark.slow)])
 def test_a_shielded_term_stays_in_its_part(part):
     def gradients(shielded):
         module, rest, term, own = part(shielded)

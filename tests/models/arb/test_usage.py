@@ -143,6 +143,7 @@ def test_a_step_on_a_million_rows_works_in_place():
     assert memory.temp_size_in_bytes < 2**20
 
 
+@pytest.mark.slow
 def test_latents_of_a_redrawn_row_are_its_input():
     ternary = TernaryConfig(rule=LATENT_RULES["latent18"], group_size=8)
     leaves = dict(book(ternary))
