@@ -35,7 +35,7 @@ def test_factors_make_the_sums_of_gradients_over_uses(leaves):
 
         return jax.lax.scan(use, jnp.float32(0), (jnp.arange(USES, dtype=jnp.int32), x, SIZES))[0]
 
-    dense = {"gradient": jnp.zeros((EXPERTS, N, K)), "count": jnp.zeros((EXPERTS,))}
+    dense = {"gradient": jnp.zeros((EXPERTS, N, K), jnp.float32), "count": jnp.zeros((EXPERTS,), jnp.float32)}
     factors = make_factor_probe(USES, ROWS, EXPERTS, N, K, jnp.float32)
 
     @jax.jit

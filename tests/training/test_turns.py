@@ -19,7 +19,7 @@ SPEC = MatrixSpec(out_features=4, in_features=6, group_size=4, experts=3)
 @pytest.fixture
 def experts():
     layer = TernaryExperts(experts=3, features=4, config=TernaryConfig(group_size=4))
-    return layer.init(jax.random.key(1), jnp.ones((3, 6)), jnp.ones((3,), jnp.int32))[COLLECTION]
+    return layer.init(jax.random.key(1), jnp.ones((3, 6), jnp.float32), jnp.ones((3,), jnp.int32))[COLLECTION]
 
 
 def test_turns_change_nothing(experts):
