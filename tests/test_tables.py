@@ -131,6 +131,7 @@ def test_padding_changes_no_step():
     assert (np.asarray(one["residual"]) != np.asarray(two["residual"])).mean() < 0.01
 
 
+@pytest.mark.slow
 def test_ids_outside_the_table_vote_for_nothing():
     case = Case("latent10")
     nothing = case.votes(0, jnp.full((LOOKUPS,), -1, jnp.int32))

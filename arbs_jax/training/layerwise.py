@@ -23,13 +23,10 @@ from arbs_jax.rules.base import Report, add_reports, empty_report
 from arbs_jax.state import MatrixSpec, flatten_specs, map_matrices
 from arbs_jax.training import table_votes
 from arbs_jax.training.bookkeeping import observed, with_memory
+from arbs_jax.training.matrices import MOST_TOGETHER, by_turns, keys_of, together
 from arbs_jax.training.micro_batches import map_micro
 from arbs_jax.training.table_votes import RowVotes
-from arbs_jax.votes import dense_gradients, each_expert, make_probes, matrix_key, matrix_vote
-from arbs_kernels.grouped_autodiff import expert_gradient
-
-_MOST_TOGETHER = 2**22
-"""Weights of a matrix, or of a set of experts, beyond which it moves alone."""
+from arbs_jax.votes import dense_gradients, each_expert, make_probes, matrix_vote
 
 
 class Swept(NamedTuple):
@@ -219,12 +216,12 @@ class Sweep:
         report: Report,
     ) -> tuple[Carry, Any, Report]:
         (name,) = stage.keys
-        together = self.layers_at_once if isinstance(self.layers_at_once, int) else self.layers_at_once[name]
+        count = self.layers_at_once if isinstance(self.layers_at_once, int) else self.layers_at_once[name]
         # A vote that is added to no other is cast where the layers move, for all of them at once.
         sole = self._sole(batch)
         layers = jax.tree.leaves(stack)[0].shape[0]
-        if layers % together:
-            raise ConfigError(f"layers_at_once must divide the {layers} layers of {name!r}, got {together}")
+        if layers % count:
+            raise ConfigError(f"layers_at_once must divide the {layers} layers of {name!r}, got {count}")
 
         def layer(cotangent: Carry, entry: tuple[jax.Array, Any]) -> tuple[Carry, Any]:
             index, subtree = entry
@@ -238,7 +235,7 @@ class Sweep:
         # would be two copies of the state.
         def group(carry: tuple[Carry, Any, Report], indices: jax.Array) -> tuple[Any, None]:
             cotangent, stack, report = carry
-            part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, indices[0], together), stack)
+            part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, indices[0], count), stack)
             # The layers are copied out whole: were their slices read from the stack again after they have moved, the
             # compiler would have to keep a second stack.
             part = jax.lax.optimization_barrier(part)
@@ -250,7 +247,7 @@ class Sweep:
             )
             return (cotangent, stack, add_reports(report, own)), None
 
-        indices = jnp.arange(layers, dtype=jnp.int32).reshape(-1, together)
+        indices = jnp.arange(layers, dtype=jnp.int32).reshape(-1, count)
         return jax.lax.scan(group, (cotangent, stack, report), indices, reverse=True)[0]
 
     def _micro_forward(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any]:
@@ -290,8 +287,8 @@ class Sweep:
             if not cast:
                 return (cotangent, rows), collected
             votes = {
-                name: _together(
-                    self._vote, self._specs(name), name, subtree, collected[name], _keys(name, subtree, own)
+                name: together(
+                    self._vote, self._specs(name), name, subtree, collected[name], keys_of(name, subtree, own)
                 )
                 for name, subtree in subtrees.items()
             }
@@ -362,8 +359,8 @@ class Sweep:
         def each(spec: MatrixSpec, matrix: Any, found: Any, own: jax.Array, passing: jax.Array) -> tuple[Any, Report]:
             if spec.sparse:  # Its rows move by themselves.
                 return matrix, empty_report()
-            if spec.experts and spec.weights > _MOST_TOGETHER:
-                return _by_turns(one, spec, (own, passing), matrix, found)
+            if spec.experts and spec.weights > MOST_TOGETHER:
+                return by_turns(one, spec, (own, passing), matrix, found)
             return each_expert(one, spec, (own, passing), matrix, dense_gradients(spec, found))
 
         def layers(spec: MatrixSpec, *nodes: Any) -> tuple[Any, Report]:
@@ -372,10 +369,10 @@ class Sweep:
             alone = each(spec, *jax.tree.map(lambda leaf: leaf[0], nodes))
             return jax.tree.map(lambda leaf: leaf[None], alone)
 
-        lasting = jax.vmap(lambda key: _keys(name, subtrees, key))(keys)
+        lasting = jax.vmap(lambda key: keys_of(name, subtrees, key))(keys)
         votes_of = keys if casting is None else casting
-        passing = jax.vmap(lambda key: _keys(name, subtrees, _vote_key(key, step, 0)))(votes_of)
-        pairs = _together(layers, self._specs(name), name, subtrees, votes, lasting, passing)
+        passing = jax.vmap(lambda key: keys_of(name, subtrees, _vote_key(key, step, 0)))(votes_of)
+        pairs = together(layers, self._specs(name), name, subtrees, votes, lasting, passing)
         reports: list[Report] = []
 
         def split(path: str, matrix: Any, pair: tuple[Any, Report]) -> Any:
@@ -392,11 +389,6 @@ class Sweep:
         return flatten_specs(self.specs[name], name)
 
 
-def _keys(name: str, subtree: Any, key: jax.Array) -> Any:
-    """A key for every matrix, nested like the state."""
-    return map_matrices(lambda path, _: matrix_key(key, path), subtree, prefix=name)
-
-
 def _layer_key(key: jax.Array, index: jax.Array) -> jax.Array:
     """The key of a layer of a stack; what is not stacked has the key of the run."""
     return jax.random.fold_in(key, index + 1)
@@ -405,56 +397,3 @@ def _layer_key(key: jax.Array, index: jax.Array) -> jax.Array:
 def _vote_key(key: jax.Array, step: jax.Array, micro: jax.Array | int) -> jax.Array:
     """The key of one contribution to a layer: of the step and of the micro-batch's number over all shards."""
     return jax.random.fold_in(jax.random.fold_in(key, step), micro)
-
-
-def _by_turns(
-    function: Callable[..., tuple[Any, Report]], spec: MatrixSpec, keys: Any, matrix: Any, found: Any
-) -> tuple[Any, Report]:
-    """As `each_expert`, for experts so large that they move one after another, in place: the temporaries of one."""
-
-    def move(carry: tuple[Any, Report], number: jax.Array) -> tuple[tuple[Any, Report], None]:
-        leaves, report = carry
-
-        def its(tree: Any) -> Any:
-            return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), tree)
-
-        single = its(leaves)
-        if "sizes" in found:
-            own = {"gradient": expert_gradient(found, number), "count": found["count"][number]}
-        else:
-            own = its(found)
-        # Copied out, lest what has moved be read again and a second set of experts be kept.
-        single, own = jax.lax.optimization_barrier((single, own))
-        its_keys = jax.tree.map(lambda key: jax.random.fold_in(key, number), keys)
-        moved, more = function(spec.single, its_keys, single, own)
-        leaves = jax.tree.map(
-            lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, number, 0), leaves, moved
-        )
-        return (leaves, add_reports(report, more)), None
-
-    numbers = jnp.arange(spec.experts, dtype=jnp.int32)
-    return jax.lax.scan(move, (dict(matrix), empty_report()), numbers)[0]
-
-
-def _together(function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix: str, *trees: Any) -> Any:
-    """`function(spec, *nodes)` for every matrix of the trees, nested like the first of them.
-
-    Matrices of one shape go through one vmapped call: fewer, larger operations to compile and to launch. Large ones do
-    not, for they would be copied whole and their temporaries would be held side by side.
-    """
-    entries: dict[str, tuple[Any, ...]] = {}
-    map_matrices(lambda path, *nodes: entries.update({path: nodes}), *trees, prefix=prefix)
-    alike: dict[Any, list[str]] = {}
-    for path in entries:
-        alone = specs[path].sparse or specs[path].weights > _MOST_TOGETHER
-        alike.setdefault((specs[path], path if alone else ""), []).append(path)
-    results: dict[str, Any] = {}
-    for (spec, _), paths in alike.items():
-        if len(paths) == 1:
-            results[paths[0]] = function(spec, *entries[paths[0]])
-            continue
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(entries[path] for path in paths))
-        out = jax.vmap(partial(function, spec))(*stacked)
-        for index, path in enumerate(paths):
-            results[path] = jax.tree.map(lambda leaf, at=index: leaf[at], out)
-    return map_matrices(lambda path, *_: results[path], trees[0], prefix=prefix)

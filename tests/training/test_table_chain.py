@@ -58,6 +58,7 @@ def micro(batch, index):
     return jax.tree.map(lambda leaf: leaf[index], batch)
 
 
+@pytest.mark.slow
 def test_equals_votes_and_update_of_the_whole_model(ternary, swept):
     batch, specs = table_chain.batches(), table_chain.specs()
     voted = jax.jit(value_and_votes(whole_loss, RULE, specs, {"front/book": 6}))
@@ -137,6 +138,7 @@ def test_reports_count_touched_rows_alone(swept):
     assert float(swept(batch).report["weights"]) == touched * width + (2 + table_chain.EXPERTS) * width**2
 
 
+@pytest.mark.slow
 def test_a_step_has_metrics_of_its_terms_and_survives_a_checkpoint(ternary, tmp_path):
     step = jit_step(make_step(Sweep(table_chain.stages(), RULE, table_chain.specs()), seed=1))
     begin = lambda: fresh_state(jax.tree.map(jnp.copy, ternary), table_chain.memory())  # noqa: E731

@@ -9,7 +9,7 @@ from arbs_jax.layers import COLLECTION, TernaryConfig, TernaryExperts
 from arbs_jax.rules import Integral
 from arbs_jax.rules.base import empty_report
 from arbs_jax.state import MatrixSpec
-from arbs_jax.training.layerwise import _by_turns
+from arbs_jax.training.matrices import by_turns
 from arbs_jax.votes import dense_gradients, each_expert
 from arbs_kernels.grouped_autodiff import make_factor_probe
 
@@ -39,7 +39,7 @@ def test_turns_change_nothing(experts):
     @jax.jit
     def both(matrix, votes):
         key = jax.random.key(7)
-        return [function(moved, SPEC, key, matrix, votes) for function in (_by_turns, each_expert)]
+        return [function(moved, SPEC, key, matrix, votes) for function in (by_turns, each_expert)]
 
     (turns, one_report), (together, reports) = both(experts, votes)
     jax.tree.map(np.testing.assert_array_equal, turns, together)
@@ -61,7 +61,7 @@ def test_turns_make_gradients_of_factors(experts):
 
     @jax.jit
     def both(matrix, factors):
-        turns = _by_turns(moved, SPEC, jax.random.key(7), matrix, factors)
+        turns = by_turns(moved, SPEC, jax.random.key(7), matrix, factors)
         return turns[0], each_expert(moved, SPEC, jax.random.key(7), matrix, dense_gradients(SPEC, factors))[0]
 
     turns, together = both(experts, factors)

@@ -109,6 +109,7 @@ def test_a_byte_at_a_time_is_the_whole(reader, bytewise):
     np.testing.assert_array_equal(state.past.tail_Bx2, TOKENS[:, -2:])
 
 
+@pytest.mark.slow
 def test_everything_that_is_kept_counts(reader):
     """With any leaf of the past as it was at first, other logits follow: none of them is idle."""
     # The position that is read next ends a stride.

@@ -139,6 +139,7 @@ def test_two_bytes_make_no_position():
         jax.eval_shape(model.apply, {"ternary": shapes(CONFIG)}, jax.ShapeDtypeStruct((1, 2), jnp.int32))
 
 
+@pytest.mark.slow
 def test_logits_know_nothing_of_later_bytes_and_of_other_texts():
     model, tokens = ArbLM(CONFIG, TERNARY), np.random.default_rng(0).integers(0, 256, (2, 9)).astype(np.int32)
     variables, _ = fresh(model, tokens, whole=True)

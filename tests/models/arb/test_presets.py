@@ -97,6 +97,7 @@ def test_the_default_rule_keeps_the_largest_within_its_bytes():
     assert account(ARB_PRESETS["arb-3b"], "latent10").state_bytes <= 3_750e6
 
 
+@pytest.mark.slow
 def test_presets_grow_and_the_tiny_one_is_tiny():
     sizes = {name: account(config, "bigint").logical_ternary_weights for name, config in ARB_PRESETS.items()}
     assert list(sizes.values()) == sorted(sizes.values())
@@ -104,6 +105,7 @@ def test_presets_grow_and_the_tiny_one_is_tiny():
     assert sizes["arb-300m"] == pytest.approx(300e6, rel=0.05)
 
 
+@pytest.mark.slow
 def test_weights_that_a_position_reads():
     """Of `arb-25m`, tables and experts that it does not reach left out."""
     config = ARB_PRESETS["arb-25m"]

@@ -35,6 +35,7 @@ def test_a_window_reads_the_strides_that_have_ended(built):
     np.testing.assert_array_equal(influence, (here == there) | (there // 4 < (here + 1) // 4))
 
 
+@pytest.mark.slow
 def test_windows_that_carry_a_ledger_are_the_whole(built, reading):
     whole, none = built.output
     assert none is None

@@ -127,6 +127,7 @@ def test_only_dead_rows_that_were_looked_at_are_redrawn(exact_rows):
     assert_trees_equal(again(leaves, usage, 15, config, used=ALL), (leaves, observe(usage, ALL, at(15), CONFIG)))
 
 
+@pytest.mark.slow
 def test_a_step_on_a_million_rows_works_in_place():
     config, ternary = VQConfig(rows=2**20, width=8), TernaryConfig(rule=LATENT_RULES["latent10"], group_size=32)
     spec = MatrixSpec(2**20, 64, 32, fan_in=1, table=True, sparse=True)
