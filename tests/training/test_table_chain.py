@@ -75,6 +75,7 @@ def test_equals_votes_and_update_of_the_whole_model(ternary, swept):
     validate_tree(got.ternary, specs)
 
 
+@pytest.mark.slow
 def test_only_what_was_used_moves_and_every_use_votes(ternary, swept):
     batch = table_chain.batches()
     after = swept(batch).ternary
@@ -93,6 +94,7 @@ def test_only_what_was_used_moves_and_every_use_votes(ternary, swept):
     assert int(after["loop"]["votes"]) == 2 * LOOPS
 
 
+@pytest.mark.slow
 def test_the_order_of_micro_batches_does_not_matter_to_the_state(swept):
     batch = table_chain.batches()
     flipped = jax.tree.map(lambda leaf: leaf[::-1], batch)
@@ -103,6 +105,7 @@ def test_the_order_of_micro_batches_does_not_matter_to_the_state(swept):
     assert np.asarray(two.memory["usage"]["first"]).tolist() == np.asarray(batch["ids"])[::-1, 0].tolist()
 
 
+@pytest.mark.slow
 def test_memory_observes_and_terms_are_means(swept):
     batch = table_chain.batches()
     got = swept(batch)
@@ -113,6 +116,7 @@ def test_memory_observes_and_terms_are_means(swept):
     assert got.terms["square"].shape == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocked", [True, False])
 def test_blocked_or_not_finite_leaves_every_bit(ternary, swept, blocked):
     batch = table_chain.batches()
@@ -131,6 +135,7 @@ def test_keeping_activations_changes_nothing(ternary, swept):
     assert_trees_equal((got.ternary, got.memory), (swept(batch).ternary, swept(batch).memory))
 
 
+@pytest.mark.slow
 def test_reports_count_touched_rows_alone(swept):
     batch = table_chain.batches()
     touched = len(np.unique(np.asarray(batch["ids"])))

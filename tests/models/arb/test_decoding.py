@@ -101,6 +101,7 @@ def bytewise(reader):
     return reader.in_pieces(TOKENS, list(range(5, LENGTH)))
 
 
+@pytest.mark.slow
 def test_a_byte_at_a_time_is_the_whole(reader, bytewise):
     logits, state = bytewise
     same(logits, reader.whole(TOKENS))
