@@ -86,6 +86,7 @@ def test_a_kernel_that_does_not_run_here_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_kernel(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
@@ -269,6 +270,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     assert_trees_equal(restore(run, "final")[0], restore(reference("integral", 2).run, "final")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs Linux")
 def test_a_process_that_may_write_no_more_stops_and_can_be_resumed(reference: Callable[..., Reference], tmp_path: Path):
     resource = pytest.importorskip("resource")

@@ -44,6 +44,7 @@ def test_a_terminated_process_goes_on_bit_for_bit(reference: Callable[..., Refer
     assert_same_run(run, reference("integral", 2).run)
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_bit_for_bit_from_its_last_checkpoint(
     reference: Callable[..., Reference], tmp_path: Path
 ):
@@ -60,6 +61,7 @@ def test_a_killed_process_goes_on_bit_for_bit_from_its_last_checkpoint(
     assert_same_run(run, reference("bigint", 2).run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "accum", "steps"),
     [
@@ -99,6 +101,7 @@ def test_going_on_from_an_earlier_checkpoint(reference: Callable[..., Reference]
     assert_same_run(run, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(
     tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -122,6 +125,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert f"go on with: arbs train --run {run} --resume" in out
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_at_once_and_loses_nothing_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

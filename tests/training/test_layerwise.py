@@ -293,12 +293,14 @@ def test_memory_grows_with_depth_by_the_kept_inputs_alone(build, rows, together)
     assert kept <= many - few <= kept + (deep - shallow) * 64
 
 
+@pytest.mark.slow
 def test_kept_activations_bring_no_copy_of_the_state():
     """Backward finds the state where it is: what a layer keeps is its activations, here a hundredth of its state."""
     (few, small), (many, large) = (temporaries(toy_memory, 1, layers, remat=False) for layers in (2, 8))
     assert 0 < many - few < (large - small) / 20
 
 
+@pytest.mark.slow
 def test_shards_equal_micro_batches():
     """shard_map and pmap over two devices, in a process of its own: the number of devices is fixed at its start."""
     script = Path(__file__).with_name("two_devices.py")
