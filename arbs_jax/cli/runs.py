@@ -3,12 +3,16 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
+
+from arbs_jax.audit import Audit, require_integers
 from arbs_jax.cli.options import newest_run, saved_config
 from arbs_jax.config import RunConfig
 from arbs_jax.run.checkpoints import Checkpointer
 from arbs_jax.run.folder import RunFolder
 from arbs_jax.run.limbs import to_device
 from arbs_jax.training.program import Program
+from arbs_jax.training.room import check_room, device_room
 from arbs_jax.training.step import TrainState
 
 
@@ -25,6 +29,18 @@ class OpenRun:
     def step(self) -> int:
         """Step of the checkpoint."""
         return int(self.state.step)
+
+
+def admitted(program: Program) -> tuple[Audit, int | None]:
+    """(the program's account, the bytes that the device has for it), before anything is allocated.
+
+    Raises:
+        StateError: the model keeps floats. ConfigError: its state does not fit the device.
+    """
+    account, room = program.account, device_room(jax.local_devices()[0])
+    require_integers(account)
+    check_room(account.state_bytes, room, f"the state of {program.config.preset}")
+    return account, room
 
 
 def run_path(path: Path | None) -> Path:

@@ -11,14 +11,14 @@ import jax
 import numpy as np
 import tyro
 
-from arbs_jax.audit import require_integers
 from arbs_jax.cli.display import console, megabytes, table
 from arbs_jax.cli.options import ModelFlags, whole
+from arbs_jax.cli.runs import admitted
 from arbs_jax.compilation import enable_cache
 from arbs_jax.config import RunConfig
 from arbs_jax.errors import ConfigError, StateError
 from arbs_jax.training.program import Program
-from arbs_jax.training.room import check_room, device_room, peak_bytes
+from arbs_jax.training.room import check_room, peak_bytes
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,7 @@ def run(args: Smoke) -> None:
     config = args.resolve()
     enable_cache()
     program = Program(config)
-    account = program.account
-    require_integers(account)
-    room = device_room(jax.local_devices()[0])
-    check_room(account.state_bytes, room, f"the state of {config.preset}")
+    account, room = admitted(program)
     began = time.perf_counter()
     fresh = jax.block_until_ready(program.init_state())
     result: dict[str, Any] = {

@@ -12,10 +12,9 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from arbs_jax.audit import require_integers
 from arbs_jax.cli.display import Bar, audit_table, console, errors, loss_text, table
 from arbs_jax.cli.options import LogFlags, ModelFlags, about, new_run_path, saved_config, whole
-from arbs_jax.cli.runs import checkpoint_name
+from arbs_jax.cli.runs import admitted, checkpoint_name
 from arbs_jax.cli.text import printable, sample_bytes
 from arbs_jax.compilation import enable_cache, measured
 from arbs_jax.config import MAY_CHANGE, RunConfig
@@ -30,7 +29,7 @@ from arbs_jax.run.plots import plot_loss
 from arbs_jax.training.inputs import Inputs
 from arbs_jax.training.loop import Progress, Trainer, TrainingHalted
 from arbs_jax.training.program import Program
-from arbs_jax.training.room import check_room, device_room, peak_bytes
+from arbs_jax.training.room import check_room, peak_bytes
 from arbs_jax.training.step import TrainState
 
 _ARCHITECTURE = frozenset({"preset", "model", "group_size"})
@@ -109,10 +108,7 @@ def run(args: Train) -> int:
     config = args.resolve()
     enable_cache()
     program = Program(config)
-    account = program.account
-    require_integers(account)
-    room = device_room(jax.local_devices()[0])
-    check_room(account.state_bytes, room, f"the state of {config.preset}")
+    account, room = admitted(program)
     inputs = Inputs.open(config)
     path = args.run or new_run_path(config)
     # Everything that can be wrong with the request is found before the folder is touched.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from arbs_jax.errors import ConfigError
 from arbs_jax.layers import COLLECTION, DENSE, PROBES, SPECS, TernaryConfig, TernaryDense, TernaryEmbed, TernaryRMSNorm
 from arbs_jax.models.attention import IMPLEMENTATIONS, causal_attention
+from arbs_jax.models.checks import require_dtype, require_positive
 
 VOCABULARY = 288
 """256 bytes and 32 specials."""
@@ -51,15 +52,12 @@ class ModelConfig:
     """Implementation of attention over whole sequences (`arbs_jax.models.attention`): "auto", "xla" or "cudnn"."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "kv_heads", "head_dim", "hidden", "context"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        require_positive("model", self, "width", "layers", "heads", "kv_heads", "head_dim", "hidden", "context")
         if self.heads % self.kv_heads:
             raise ConfigError(f"model.kv_heads must divide model.heads, got {self.kv_heads} and {self.heads}")
         if self.head_dim % 2:
             raise ConfigError(f"model.head_dim must be even for rotary positions, got {self.head_dim}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"model.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
+        require_dtype("model", self)
         if self.attention not in IMPLEMENTATIONS:
             raise ConfigError(f"model.attention must be one of {', '.join(IMPLEMENTATIONS)}, got {self.attention!r}")
 

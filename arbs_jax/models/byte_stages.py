@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arbs_jax.layers import COLLECTION, PROBES, TernaryConfig, TernaryRMSNorm
+from arbs_jax.layers import TernaryConfig, TernaryRMSNorm
 from arbs_jax.models.byte_lm import Block, ModelConfig, cross_entropy, embedding, output_head
-from arbs_jax.models.stages import Stage
+from arbs_jax.models.stages import Stage, weights_of
 
 
 def byte_stages(config: ModelConfig, ternary: TernaryConfig) -> tuple[Stage, ...]:
@@ -18,21 +18,18 @@ def byte_stages(config: ModelConfig, ternary: TernaryConfig) -> tuple[Stage, ...
     norm: Any = TernaryRMSNorm()
     head: Any = output_head(ternary)
 
-    def of(variables: dict, name: str) -> dict:
-        return {key: variables[key][name] for key in (COLLECTION, PROBES) if key in variables}
-
     def embed_stage(variables: dict, carry: None, tokens: jax.Array) -> jax.Array:
-        return embed.apply(of(variables, "embed"), tokens[:, :-1].astype(jnp.int32))
+        return embed.apply(weights_of(variables, "embed"), tokens[:, :-1].astype(jnp.int32))
 
     def block_stage(variables: dict, x_BxTxD: jax.Array, tokens: jax.Array) -> jax.Array:
-        return block.apply(of(variables, "blocks"), x_BxTxD)[0]
+        return block.apply(weights_of(variables, "blocks"), x_BxTxD)[0]
 
     def head_stage(variables: dict, x_BxTxD: jax.Array, tokens: jax.Array) -> jax.Array:
         x_BxTxD = norm.apply({}, x_BxTxD)
         if config.tied:
-            logits = embed.apply(of(variables, "embed"), x_BxTxD, method="attend")
+            logits = embed.apply(weights_of(variables, "embed"), x_BxTxD, method="attend")
         else:
-            logits = head.apply(of(variables, "head"), x_BxTxD)
+            logits = head.apply(weights_of(variables, "head"), x_BxTxD)
         return cross_entropy(logits.astype(jnp.float32), tokens[:, 1:]).mean()
 
     return (

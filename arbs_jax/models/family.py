@@ -12,8 +12,8 @@ from arbs_jax.layers import MEMORY, TernaryConfig
 from arbs_jax.models.arb.config import ArbConfig
 from arbs_jax.models.arb.model import ArbLM, empty_memory
 from arbs_jax.models.arb.presets import PARTS
-from arbs_jax.models.arb.sequencer import TRIGRAM
-from arbs_jax.models.arb.stages import arb_stages, predicted
+from arbs_jax.models.arb.sequencer import TRIGRAM, targets
+from arbs_jax.models.arb.stages import arb_stages
 from arbs_jax.models.attention import takes_cudnn
 from arbs_jax.models.byte_lm import ByteLM, ModelConfig, cross_entropy
 from arbs_jax.models.byte_stages import byte_stages
@@ -163,7 +163,7 @@ class ArbFamily:
         """See `Family`."""
         weights = {name: tree for name, tree in variables.items() if name != MEMORY}
         logits = self.module.apply(weights, tokens[:, :-1], variables.get(MEMORY))
-        return cross_entropy(logits, predicted(tokens))
+        return cross_entropy(logits, targets(tokens))
 
     def predicted(self, context: int) -> int:
         """See `Family`."""
@@ -173,7 +173,7 @@ class ArbFamily:
         """See `Family`."""
         if not self.config.attention:
             return False
-        shape = (batch, context + 1 - TRIGRAM, self.config.heads, self.config.head_dim)
+        shape = (batch, self.predicted(context), self.config.heads, self.config.head_dim)
         q = jax.ShapeDtypeStruct(shape, self.config.dtype)
         return takes_cudnn("auto", q, q, q)
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from arbs_jax.errors import ConfigError
+from arbs_jax.layers import COLLECTION, PROBES
 
 Carry = Any
 Subtrees = dict[str, Any]
@@ -52,3 +53,9 @@ class Stage:
             raise ConfigError(
                 f"a stacked stage cannot observe, got stacked=True with keys={self.keys}; observe in another"
             )
+
+
+def weights_of(variables: dict[str, Subtrees], name: str | None = None) -> dict[str, Any]:
+    """State and probes among the variables of a stage; of one subtree alone, as a module of its own takes them."""
+    found = {kind: variables[kind] for kind in (COLLECTION, PROBES) if kind in variables}
+    return found if name is None else {kind: subtrees[name] for kind, subtrees in found.items()}

@@ -138,7 +138,7 @@ class Program:
         def together(stack: str) -> int:
             layers = jax.tree.leaves(self.abstract_state.ternary[stack])[0].shape[0]
             if wanted is not None:
-                return max(n for n in range(1, min(wanted, layers) + 1) if layers % n == 0)
+                return group_within(layers, 1, wanted)
             weights = sum(spec.weights for spec in flatten_specs(self.specs[stack]).values())
             return group_within(layers, weights * jnp.dtype(config.model.dtype).itemsize)
 

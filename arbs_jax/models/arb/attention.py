@@ -24,9 +24,9 @@ import jax.numpy as jnp
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.layers import COLLECTION, DENSE, PROBES, SPECS, TernaryConfig, TernaryDense, TernaryRMSNorm
-from arbs_jax.models.arb.checks import require_dtype, require_positive
 from arbs_jax.models.attention import causal_attention
 from arbs_jax.models.byte_lm import MLP, Cache, rotate, rotation
+from arbs_jax.models.checks import require_dtype, require_positive
 
 
 @dataclass(frozen=True)

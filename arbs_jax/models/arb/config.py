@@ -5,7 +5,6 @@ from functools import cached_property
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.models.arb.attention import AttentionConfig
-from arbs_jax.models.arb.checks import require_dtype, require_positive
 from arbs_jax.models.arb.edges import EdgeConfig
 from arbs_jax.models.arb.experts import ExpertsConfig
 from arbs_jax.models.arb.graph import GraphConfig
@@ -15,6 +14,7 @@ from arbs_jax.models.arb.loop import LoopConfig
 from arbs_jax.models.arb.memgram import MemGramConfig
 from arbs_jax.models.arb.sequencer import SequencerConfig
 from arbs_jax.models.arb.vq import VQConfig
+from arbs_jax.models.checks import require_dtype, require_positive
 
 
 @dataclass(frozen=True)

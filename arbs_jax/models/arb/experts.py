@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.layers import TernaryConfig, TernaryDense, TernaryExperts, TernaryRMSNorm
+from arbs_jax.models.checks import require_positive
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,7 @@ class ExpertsConfig:
     once for each."""
 
     def __post_init__(self) -> None:
-        for name in ("experts", "hidden", "top_k"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"experts.{name} must be at least 1, got {getattr(self, name)}")
+        require_positive("experts", self, "experts", "hidden", "top_k")
         if self.router_hidden < 0:
             raise ConfigError(f"experts.router_hidden must be at least 0, got {self.router_hidden}")
         if self.top_k > self.experts:

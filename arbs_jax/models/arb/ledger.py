@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from arbs_jax.errors import ConfigError
-from arbs_jax.models.arb.checks import require_positive
+from arbs_jax.models.checks import require_positive
 
 Ledger = dict[str, jax.Array]
 

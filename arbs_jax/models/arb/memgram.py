@@ -18,6 +18,7 @@ import numpy as np
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.layers import TernaryConfig, TernaryDense, TernaryTable
+from arbs_jax.models.checks import require_dtype, require_positive
 from arbs_kernels.noise import GOLDEN, mix
 
 NOTHING = -1
@@ -50,17 +51,14 @@ class MemGramConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.rows < 2**24:
             raise ConfigError(f"memgram.rows must be in [1, 2^24), got {self.rows}")
-        for name in ("dim", "width", "conversational_rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"memgram.{name} must be at least 1, got {getattr(self, name)}")
+        require_positive("memgram", self, "dim", "width", "conversational_rows")
         if not self.orders or list(self.orders) != sorted(set(self.orders)) or self.orders[0] < 1:
             raise ConfigError(f"memgram.orders must be ascending lengths from 1, got {self.orders}")
         if not 1 <= self.gain <= 127:
             raise ConfigError(f"memgram.gain must be in [1, 127], the range of a strength, got {self.gain}")
         if not 0 <= self.decay <= 7:
             raise ConfigError(f"memgram.decay must be in [0, 7], got {self.decay}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"memgram.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
+        require_dtype("memgram", self)
 
     @property
     def history(self) -> int:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.layers import TernaryConfig, TernaryEmbed, TernaryRMSNorm
-from arbs_jax.models.arb.checks import require_dtype, require_positive
 from arbs_jax.models.byte_lm import MLP, VOCABULARY, cross_entropy
+from arbs_jax.models.checks import require_dtype, require_positive
 
 TRIGRAM = 3
 

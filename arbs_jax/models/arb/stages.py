@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arbs_jax.layers import COLLECTION, MEMORY, PROBES, TernaryConfig
+from arbs_jax.layers import MEMORY, TernaryConfig
 from arbs_jax.models.arb.attention import ContextBlock
 from arbs_jax.models.arb.config import ArbConfig
 from arbs_jax.models.arb.edge_updates import observe_edges
@@ -21,7 +21,7 @@ from arbs_jax.models.arb.sequencer import TRIGRAM, targets
 from arbs_jax.models.arb.usage import observe_vq
 from arbs_jax.models.arb.vq import vq_events
 from arbs_jax.models.byte_lm import cross_entropy
-from arbs_jax.models.stages import Stage, Subtrees
+from arbs_jax.models.stages import Stage, Subtrees, weights_of
 
 Variables = dict[str, Subtrees]
 
@@ -48,11 +48,6 @@ def arb_stages(config: ArbConfig, ternary: TernaryConfig) -> tuple[Stage, ...]:
     return (*stages, Stage(("head_logits",), parts.answer))
 
 
-def predicted(tokens_BxT: jax.Array) -> jax.Array:
-    """Which of the batch's tokens `(B, T+1)` positions predict: all but the first three, `(B, T - 2)`."""
-    return targets(tokens_BxT)
-
-
 class _Parts:
     """The stages' functions; pure, they hold what is static."""
 
@@ -67,8 +62,7 @@ class _Parts:
 
     def run(self, method: Any, variables: Variables, *args: Any) -> Any:
         """A method of the model on the subtrees that a stage was given."""
-        return self.model.apply({name: variables[name] for name in (COLLECTION, PROBES) if name in variables}, *args,
-                                method=method)  # fmt: skip
+        return self.model.apply(weights_of(variables), *args, method=method)
 
     def sequence(self, variables: Variables, carry: None, tokens: jax.Array) -> dict[str, Any]:
         return {"x": self.run(ArbLM.sequence, variables, tokens[:, :-1]), "terms": {}}
@@ -126,8 +120,7 @@ class _Parts:
         return subtrees, memory
 
     def block(self, variables: Variables, carry: dict[str, Any], tokens: jax.Array) -> dict[str, Any]:
-        own = {name: variables[name]["blocks"] for name in (COLLECTION, PROBES) if name in variables}
-        return {**carry, "x": self.one_block.apply(own, carry["x"])[0]}
+        return {**carry, "x": self.one_block.apply(weights_of(variables, "blocks"), carry["x"])[0]}
 
     def remember(self, variables: Variables, carry: dict[str, Any], tokens: jax.Array) -> dict[str, Any]:
         context, _ = self.run(ArbLM.remember, variables, carry["x"])
@@ -163,14 +156,13 @@ class _Parts:
         return {"x": self.run(ArbLM.enter_head, variables, x, carry.get("context")), "terms": terms}
 
     def head_layer(self, variables: Variables, carry: dict[str, Any], tokens: jax.Array) -> dict[str, Any]:
-        own = {name: variables[name]["head_layers"] for name in (COLLECTION, PROBES) if name in variables}
-        return {**carry, "x": self.one_head_layer.apply(own, carry["x"])[0]}
+        return {**carry, "x": self.one_head_layer.apply(weights_of(variables, "head_layers"), carry["x"])[0]}
 
     def answer(self, variables: Variables, carry: dict[str, Any], tokens: jax.Array) -> tuple[jax.Array, Any]:
         """(the weighted loss, the terms by name)."""
         config = self.config
         logits = self.run(ArbLM.leave_head, variables, carry["x"])
-        terms = {"prediction": cross_entropy(logits, predicted(tokens)).mean(), **carry["terms"]}
+        terms = {"prediction": cross_entropy(logits, targets(tokens)).mean(), **carry["terms"]}
         weights = {name: getattr(config, f"weight_{name}") for name in ("commitment", "halting", "balance", "graph")}
         loss = terms["prediction"] + sum(weight * terms[name] for name, weight in weights.items() if name in terms)
         return loss, terms

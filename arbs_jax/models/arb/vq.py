@@ -20,6 +20,7 @@ import numpy as np
 from arbs_jax.errors import ConfigError
 from arbs_jax.layers import TernaryConfig, TernaryDense, TernaryTable
 from arbs_jax.models.arb.search import Runs, nearest_candidate, nearest_row, plant, unit_rows
+from arbs_jax.models.checks import require_dtype, require_positive
 
 INPUT_STEPS = 31
 """int8 steps per unit of a quantised input, whose root mean square is 1: 4 * 31 = 124 fits."""
@@ -55,9 +56,7 @@ class VQConfig:
     """Activations: "float32" or "bfloat16"."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "dim", "blocks", "block_rows", "revive_after", "budget"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"vq.{name} must be at least 1, got {getattr(self, name)}")
+        require_positive("vq", self, "width", "dim", "blocks", "block_rows", "revive_after", "budget")
         if not 1 <= self.rows < 2**24:
             raise ConfigError(f"vq.rows must be in [1, 2^24), got {self.rows}")
         if self.commitment < 0:
@@ -67,8 +66,7 @@ class VQConfig:
                 f"vq.dim must be at least {self.runs.bits}, the signs that name a run of {self.block_rows} of "
                 f"{self.rows} rows, got {self.dim}; raise it or vq.block_rows"
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"vq.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
+        require_dtype("vq", self)
 
     @property
     def runs(self) -> Runs:

@@ -1,4 +1,4 @@
-"""Checks that the configurations of several parts share."""
+"""Checks that the configurations of models and of their parts share."""
 
 from typing import Any
 
