@@ -2,8 +2,8 @@
 
     python learn.py --corpus pycode.txt --arms byte-25m arb-25m arb-25m:no-graph --steps 600 --batch 32 --context 256
 
-An arm is a preset and switches: no-vq, no-graph, no-moe, no-attention, no-kg, memory, iters=N, top=N. All arms see the
-same windows in the same order and the same rule. The ARB model predicts the bytes of a window from the fourth on, and
+An arm is a preset and switches: no-vq, no-graph, no-moe, no-attention, no-kg, memory, or any number of the model's
+configuration, as in max_moe_iters=1. All arms see the same windows in the same order and the same rule. The ARB model predicts the bytes of a window from the fourth on, and
 those are what is validated for every arm.
 """
 
@@ -44,9 +44,8 @@ def program_of(arm: str, args: argparse.Namespace) -> Program:
     name, *switches = arm.split(":")
     changes: dict[str, Any] = {}
     for switch in switches:
-        key, _, value = switch.partition("=")
-        changes |= {"iters": {"max_moe_iters": value}, "top": {"top_k": value}}.get(key, SWITCHES.get(key, {}))
-        changes = {field: int(number) if isinstance(number, str) else number for field, number in changes.items()}
+        field, _, number = switch.partition("=")
+        changes |= {field: float(number) if "." in number else int(number)} if number else SWITCHES[switch]
     return Program(
         RunConfig(
             preset=name,
