@@ -2,8 +2,9 @@
 
     python learn.py --corpus pycode.txt --arms byte-25m arb-25m arb-25m:no-graph --steps 600 --batch 32 --context 256
 
-An arm is a preset and switches: no-vq, no-graph, no-moe, no-attention, no-kg, memory, or any number of the model's
-configuration, as in max_moe_iters=1. All arms see the same windows in the same order and the same rule. The ARB model predicts the bytes of a window from the fourth on, and
+An arm is a preset and switches: no-vq, no-graph, no-moe, no-attention, no-kg, memory, or any field of the model's
+configuration, as in max_moe_iters=1 or shield=balance+graph. All arms see the same windows in the same order and the
+same rule. The ARB model predicts the bytes of a window from the fourth on, and
 those are what is validated for every arm.
 """
 
@@ -44,8 +45,8 @@ def program_of(arm: str, args: argparse.Namespace) -> Program:
     name, *switches = arm.split(":")
     changes: dict[str, Any] = {}
     for switch in switches:
-        field, _, number = switch.partition("=")
-        changes |= {field: float(number) if "." in number else int(number)} if number else SWITCHES[switch]
+        field, _, value = switch.partition("=")
+        changes |= {field: parsed(value)} if value else SWITCHES[switch]
     return Program(
         RunConfig(
             preset=name,
@@ -55,6 +56,13 @@ def program_of(arm: str, args: argparse.Namespace) -> Program:
             train=TrainConfig(steps=args.steps, batch=args.batch, context=args.context, seed=args.seed),
         )
     )
+
+
+def parsed(value: str) -> int | float | tuple[str, ...]:
+    """What a switch gives its field: a number, or names joined by +."""
+    if not value[0].isdigit():
+        return tuple(value.split("+"))
+    return float(value) if "." in value else int(value)
 
 
 def validator(program: Program, windows: list[ValidationBatch]) -> Callable[[TrainState], float]:

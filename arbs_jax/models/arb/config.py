@@ -93,6 +93,8 @@ class ArbConfig:
     """Channels of the gated layer of the video and talker heads; 0 leaves them and the output router out."""
     weight_commitment: float = 1.0
     """Of the losses that bring inputs and rows of the codebooks together."""
+    weight_spread: float = 1.0
+    """Of how far the codebooks' inputs are from filling their space."""
     weight_halting: float = 0.003
     """Of the expected number of iterations."""
     weight_balance: float = 0.01
@@ -108,9 +110,9 @@ class ArbConfig:
         for name in ("kg_rows", "modality_hidden", "router_hidden"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("weight_commitment", "weight_halting", "weight_balance", "weight_graph"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"model.{name} must be at least 0, got {getattr(self, name)}")
+        for name in TERMS:
+            if not (weight := getattr(self, f"weight_{name}")) >= 0:
+                raise ConfigError(f"model.weight_{name} must be at least 0, got {weight}")
         if not self.vq and (self.graph or self.memgram):
             needs = "--disable-graph as well" if self.graph else "--enable-memory left out"
             raise ConfigError(f"graph and n-gram memory are made of motifs: --disable-vq needs {needs}")
@@ -211,6 +213,9 @@ class ArbConfig:
         shielded = "commitment" in self.shield
         return VQConfig(rows=rows, width=self.width, dim=self.vq_dim, shielded=shielded, dtype=self.dtype)
 
+
+TERMS = ("commitment", "spread", "halting", "balance", "graph")
+"""Terms of the loss beside the prediction; each is weighed by `ArbConfig.weight_<name>`."""
 
 SHIELDABLE = ("commitment", "halting", "balance", "graph")
 """Terms that `ArbConfig.shield` may keep from the stream."""

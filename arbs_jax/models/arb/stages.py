@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from arbs_jax.layers import MEMORY, TernaryConfig
 from arbs_jax.models.arb.attention import ContextBlock
-from arbs_jax.models.arb.config import ArbConfig
+from arbs_jax.models.arb.config import TERMS, ArbConfig
 from arbs_jax.models.arb.edge_updates import observe_edges
 from arbs_jax.models.arb.head import HeadLayer
 from arbs_jax.models.arb.memgram import observe_memgram
@@ -88,8 +88,11 @@ class _Parts:
 
     def motifs(self, variables: Variables, carry: dict[str, Any], tokens: jax.Array) -> tuple[dict[str, Any], Any]:
         x, found, composite = self.run(ArbLM.motifs, variables, carry["x"], variables[MEMORY])
-        losses = [part.commitment_BxS + part.codebook_BxS for part in (found, composite) if part is not None]
-        terms = {"commitment": jnp.mean(sum(losses))}
+        books = [part for part in (found, composite) if part is not None]
+        terms = {
+            "commitment": jnp.mean(sum(part.commitment_BxS + part.codebook_BxS for part in books)),
+            "spread": sum(part.spread for part in books),
+        }
         events = {"vq": vq_events(found)}
         if composite is not None:
             events["kg"] = vq_events(composite)
@@ -163,6 +166,6 @@ class _Parts:
         config = self.config
         logits = self.run(ArbLM.leave_head, variables, carry["x"])
         terms = {"prediction": cross_entropy(logits, targets(tokens)).mean(), **carry["terms"]}
-        weights = {name: getattr(config, f"weight_{name}") for name in ("commitment", "halting", "balance", "graph")}
+        weights = {name: getattr(config, f"weight_{name}") for name in TERMS}
         loss = terms["prediction"] + sum(weight * terms[name] for name, weight in weights.items() if name in terms)
         return loss, terms

@@ -92,6 +92,20 @@ class VQOutput(NamedTuple):
     """Mean square from input to row, which moves the input."""
     codebook_BxS: jax.Array
     """The same, unweighed, which moves the row."""
+    spread: jax.Array
+    """(), how far the inputs are from filling their space, see `spread_loss`; it moves what the commitment moves."""
+
+
+def spread_loss(z_BxSxK: jax.Array) -> jax.Array:
+    """Mean over channels of the squared distance of the inputs' second moments to those of white ones, float32 ().
+
+    Inputs of root mean square 1, float32; 0 where their channels are centred, uncorrelated and alike, `K - 1` where all
+    inputs are one. (The covariance term of Bardes et al., "VICReg", 2022, with the variances in it.) What is drawn to
+    rows while rows are drawn to it otherwise ends at one row for everything.
+    """
+    flat_MxK = z_BxSxK.reshape(-1, z_BxSxK.shape[-1])
+    moments_KxK = jnp.matmul(flat_MxK.T, flat_MxK, precision=jax.lax.Precision.HIGHEST) / flat_MxK.shape[0]
+    return jnp.sum(jnp.square(moments_KxK - jnp.eye(flat_MxK.shape[1], dtype=jnp.float32))) / flat_MxK.shape[1]
 
 
 class SharedVQ(nn.Module):
@@ -130,6 +144,7 @@ class SharedVQ(nn.Module):
             latent_BxSxK=latent_BxSxK,
             commitment_BxS=self.config.commitment * commitment_BxS,
             codebook_BxS=codebook_BxS,
+            spread=spread_loss(drawn_BxSxK),
         )
 
     def nearest(self, latent: jax.Array, exact: bool | None = None) -> jax.Array:

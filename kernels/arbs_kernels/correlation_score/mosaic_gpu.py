@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -298,4 +299,6 @@ def score_of(x: jax.Array, dy: jax.Array, trits: jax.Array, *, group_size: int, 
         thread_name="wg",
         interpret=plgpu.InterpretGPUParams() if is_interpreted() else False,
     )
-    return run(x, dy, extended(trits, tile.columns))[: group_count(K, group_size), :N].T
+    turned = run(x, dy, extended(trits, tile.columns))[: group_count(K, group_size), :N].T
+    # Left to itself the compiler would rather give the matrix's corr the score's layout, and copy whole stacks of it.
+    return with_layout_constraint(turned, Layout(major_to_minor=(0, 1)))

@@ -19,7 +19,7 @@ from arbs_kernels.correlation_score.triton import tile_of as score_tile_of
 from arbs_kernels.packed_decode.triton import power_of_plane, trit_of, weight_of
 from arbs_kernels.triton_launch import check_size, launch, one_by_one
 
-FEW_ROWS = 4
+FEW_ROWS = 8
 """An expert, on average, up to which weights are decoded in the product: then few experts have more than one tile."""
 
 
