@@ -120,7 +120,9 @@ def _product_backward(spec: MatmulSpec, saved, dy: jax.Array):
         )
         votes["score"] = score.astype(dtypes["score"])
     if "gradient" in dtypes:
-        votes["gradient"] = grouped_weight_gradient(x, dy, sizes, dtype=dtypes["gradient"])
+        votes["gradient"] = grouped_weight_gradient(
+            x, dy, sizes, dtype=dtypes["gradient"], implementation=spec.implementation
+        )
     for name, value in (("x", x), ("dy", dy), ("sizes", sizes)):
         if name in dtypes:
             room = jnp.zeros((kinds.uses, *value.shape), dtypes[name])

@@ -10,7 +10,6 @@ import pytest
 from arbs_kernels.autodiff import MatmulSpec, make_probe, ternary_matmul
 from arbs_kernels.codec import pack_rows
 from arbs_kernels.grouped_autodiff import ternary_grouped_matmul
-from arbs_kernels.grouped_matmul import grouped_weight_gradient
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -85,20 +84,3 @@ def test_uses_in_a_loop_add_up(problem):
         return jax.lax.scan(body, jnp.float32(0), sizes)[0]
 
     assert jax.jit(jax.grad(loss))(probes("score"))["count"].tolist() == [2, 0, 3]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_weight_gradient_is_in_the_dtype_asked_for(problem, dtype):
-    x, gy, _ = problem
-    got = grouped_weight_gradient(x, gy, SIZES, dtype=jnp.dtype(dtype))
-    assert got.dtype == dtype
-    for expert, (start, end) in enumerate(SPANS):
-        np.testing.assert_array_equal(got[expert], np.asarray(gy[start:end]).T @ np.asarray(x[start:end]))
-
-
-def test_what_does_not_fit_is_refused(problem):
-    x, gy, _ = problem
-    with pytest.raises(ValueError, match=r"group_sizes must be int32 \(X,\), got float32 \(3,\)"):
-        grouped_weight_gradient(x, gy, SIZES.astype(jnp.float32))
-    with pytest.raises(ValueError, match="x and dy must agree in rows"):
-        grouped_weight_gradient(x, gy[:3], SIZES)

@@ -9,7 +9,13 @@ import pytest
 from support import activations, product_bound, random_matrix, score_by_hand, values_of
 
 from arbs_kernels import backends
-from arbs_kernels.grouped_matmul import grouped_matmul, grouped_matmul_input_gradient, grouped_score, reference
+from arbs_kernels.grouped_matmul import (
+    grouped_matmul,
+    grouped_matmul_input_gradient,
+    grouped_score,
+    grouped_weight_gradient,
+    reference,
+)
 from arbs_kernels.selection import UnsupportedError
 
 # Rows, rows of each expert, N, K, G.
@@ -96,6 +102,21 @@ class GroupedMatmul:
             expected = score_by_hand(dy[begin:end].T @ x[begin:end], matrices[expert].dense_trits, group_size)
             np.testing.assert_array_equal(score[expert], expected)
 
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+    def test_weight_gradients(self, case, dtype):
+        rows, sizes, out_features, in_features, _ = case
+        rng = np.random.default_rng([27, rows])
+        # Small integers: sums are exact in any order, and in either dtype of the result.
+        x, dy = (rng.integers(-1, 2, (rows, width)) for width in (in_features, out_features))
+        run = jax.jit(grouped_weight_gradient, static_argnames=("dtype", "implementation"))
+        arrays = (jnp.asarray(x, dtype), jnp.asarray(dy, dtype), jnp.asarray(sizes, jnp.int32))
+        gradients = run(*arrays, dtype=jnp.dtype(dtype), implementation=self.implementation)
+        assert gradients.dtype == dtype
+        assert gradients.shape == (len(sizes), out_features, in_features)
+        for expert, (begin, end) in enumerate(spans(sizes, rows)):
+            np.testing.assert_array_equal(gradients[expert].astype(jnp.float32), dy[begin:end].T @ x[begin:end])
+
     def test_an_infinite_row_stays_with_its_expert(self):
         _, trits, scale = stacked(np.random.default_rng(23), 3, 4, 10, 4)
         x = jnp.ones((9, 10), jnp.float32).at[4].set(jnp.inf)
@@ -181,6 +202,7 @@ NAMES = {
     ),
     grouped_score: ("x", "dy", "group_sizes", "trits", "group_size", "implementation"),
 }
+ARGUMENTS = NAMES | {grouped_weight_gradient: ("x", "dy", "group_sizes", "implementation")}
 
 
 @pytest.mark.parametrize("operator", NAMES, ids=lambda operator: operator.__name__)
@@ -199,12 +221,12 @@ def test_every_operator_refuses(operator, changes, message):
         operator(**{name: given(**changes)[name] for name in NAMES[operator]})
 
 
-@pytest.mark.parametrize("operator", NAMES, ids=lambda operator: operator.__name__)
+@pytest.mark.parametrize("operator", ARGUMENTS, ids=lambda operator: operator.__name__)
 def test_an_unknown_implementation_is_an_error_that_lists_the_known(operator):
     with pytest.raises(
         UnsupportedError, match=f"{operator.__name__} has no implementation 'abacus'; pass one of .*xla"
     ):
-        operator(**{name: given(implementation="abacus")[name] for name in NAMES[operator]})
+        operator(**{name: given(implementation="abacus")[name] for name in ARGUMENTS[operator]})
 
 
 @pytest.mark.parametrize(
@@ -216,8 +238,10 @@ def test_an_unknown_implementation_is_an_error_that_lists_the_known(operator):
         (grouped_matmul_input_gradient, {"dy": jnp.ones((2, 4), jnp.float32)}, r"dy must have shape \(M, 3\)"),
         (grouped_score, {"dy": jnp.ones((5, 3), jnp.float32)}, "agree in rows and dtype"),
         (grouped_score, {"dy": jnp.ones((2, 3), jnp.bfloat16)}, "agree in rows and dtype"),
+        (grouped_weight_gradient, {"dy": jnp.ones((5, 3), jnp.float32)}, "agree in rows and dtype"),
+        (grouped_weight_gradient, {"group_sizes": jnp.ones((2,), jnp.float32)}, r"must be int32 \(X,\), got float32"),
     ],
 )
 def test_one_operator_refuses(operator, changes, message):
     with pytest.raises(ValueError, match=f"{operator.__name__}: .*{message}"):
-        operator(**{name: given(**changes)[name] for name in NAMES[operator]})
+        operator(**{name: given(**changes)[name] for name in ARGUMENTS[operator]})

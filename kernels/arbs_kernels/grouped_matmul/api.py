@@ -29,6 +29,10 @@ SCORE = {
     "xla": Implementation(reference.score),
     "triton": Implementation(lazily("arbs_kernels.grouped_matmul.triton", "score"), triton_missing),
 }
+WEIGHT_GRADIENT = {
+    "xla": Implementation(reference.weight_gradients),
+    "triton": Implementation(lazily("arbs_kernels.grouped_matmul.triton_gradient", "weight_gradients"), triton_missing),
+}
 
 
 def grouped_matmul(
@@ -139,28 +143,36 @@ def grouped_score(
 
 
 def grouped_weight_gradient(
-    x: jax.Array, dy: jax.Array, group_sizes: jax.Array, *, dtype: jnp.dtype = jnp.float32
+    x: jax.Array,
+    dy: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    implementation: str | None = None,
 ) -> jax.Array:
-    """`dW = dy^T x` of every expert over its own rows; 0 for an expert without rows. XLA only.
+    """`dW = dy^T x` of every expert over its own rows; 0 for an expert without rows.
 
     Args:
         x: activations `(M, K)`, float32 or bfloat16.
         dy: cotangent of the outputs `(M, N)`, same dtype as `x`.
         group_sizes: `int32 (X,)`, rows of each expert.
         dtype: of the result; sums are float32.
+        implementation: "xla", "triton", or None for the best that works here.
 
     Returns:
         `(X, N, K)` in `dtype`.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes or dtypes do not fit. UnsupportedError: no such implementation.
     """
     operator = "grouped_weight_gradient"
+    select(operator, WEIGHT_GRADIENT, implementation)
     check_activations(operator, "x", x, x.shape[-1])
     check_activations(operator, "dy", dy, dy.shape[-1])
     check_pair(operator, x, dy)
     _check_sizes(operator, group_sizes)
-    return reference.weight_gradients(x, dy, group_sizes, dtype=dtype)
+    shape = (x.shape[0], dy.shape[1], x.shape[1], 1)
+    return tuned(operator, WEIGHT_GRADIENT, implementation, shape, x.dtype)(x, dy, group_sizes, dtype=dtype)
 
 
 def _one_expert(operator: str, group_sizes: jax.Array, trits: jax.Array) -> jax.Array:

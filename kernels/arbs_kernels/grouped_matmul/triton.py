@@ -224,7 +224,7 @@ def tile_of(M: int, experts: int, N: int, K: int, dtype: jnp.dtype) -> Tile:
     return BIG if experts * (BIG.rows // 2) <= M else LOW
 
 
-def _entries(experts: int) -> int:
+def table_entries(experts: int) -> int:
     """Of the table of experts in a program: one more than there are, as a power of two that fills a warp."""
     return max(32, triton.next_power_of_2(experts + 1))
 
@@ -282,7 +282,7 @@ def product_of(
         R=R,
         G=group_size,
         X=X,
-        ENTRIES=_entries(X),
+        ENTRIES=table_entries(X),
         FORWARD=forward,
         PACKED=packed,
         ROWS=tile.rows,
@@ -347,7 +347,7 @@ def score_of(
         num_stages=tile.num_stages,
         M=x.shape[0],
         X=X,
-        ENTRIES=_entries(X),
+        ENTRIES=table_entries(X),
         TILES=tiles,
         **constants,
     )
