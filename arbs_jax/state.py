@@ -27,9 +27,8 @@ from arbs_kernels.shapes import GROUP_SIZES, group_count
 from arbs_kernels.table_autodiff import MOST_ROWS
 
 BASE_LEAVES = ("trits", "exponent", "corr", "votes")
-_ROWS_PER_BLOCK = 65_536
-_SPARSE_BLOCK = 2**20
-"""Weights of a sparse table that are drawn at a time: random bits and what becomes of them take some 30 bytes each."""
+_DRAWN_AT_ONCE = 2**22
+"""Weights of a matrix that are drawn at a time: random bits and what becomes of them take some 30 bytes each."""
 
 Matrix = dict[str, jax.Array]
 Tree = Mapping[str, Any]
@@ -162,7 +161,7 @@ def rows_in_blocks(block: Callable[[jax.Array, int], Any], spec: MatrixSpec, axe
         axes: pytree like the block's, with the position of the row axis in each array.
     """
     out_features = spec.out_features
-    rows = min(out_features, max(_SPARSE_BLOCK // spec.in_features, 1) if spec.sparse else _ROWS_PER_BLOCK)
+    rows = min(out_features, max(_DRAWN_AT_ONCE // spec.in_features, 1))
     blocks = -(-out_features // rows)
     if blocks == 1:
         return block(jnp.int32(0), rows)

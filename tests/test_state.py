@@ -69,7 +69,7 @@ def test_a_key_determines_the_trits():
 
 
 def test_blocks_of_rows_differ_and_are_cropped(monkeypatch):
-    monkeypatch.setattr(state_module, "_ROWS_PER_BLOCK", 8)
+    monkeypatch.setattr(state_module, "_DRAWN_AT_ONCE", 8 * 40)
     packed = np.asarray(init_trits(jax.random.key(0), MatrixSpec(21, 40), InitConfig()))
     assert packed.shape == (21, 8)
     assert len({row.tobytes() for row in packed}) == 21

@@ -91,7 +91,7 @@ def test_fresh_latents_are_a_rounded_clipped_normal(count):
 
 
 def test_a_key_determines_fresh_latents_and_blocks_of_rows_differ(monkeypatch):
-    monkeypatch.setattr(state_module, "_ROWS_PER_BLOCK", 8)
+    monkeypatch.setattr(state_module, "_DRAWN_AT_ONCE", 8 * 40)
     spec = MatrixSpec(21, 40)
     one, again, other = (planes.init(jax.random.key(seed), spec, 3) for seed in (0, 0, 1))
     assert (one["trits"].shape, one["residual"].shape) == ((21, 8), (2, 21, 8))
@@ -104,7 +104,7 @@ def test_a_key_determines_fresh_latents_and_blocks_of_rows_differ(monkeypatch):
 
 @pytest.mark.parametrize("count", EVERY)
 def test_a_large_table_of_latents_is_born_packed(count, monkeypatch):
-    monkeypatch.setattr(state_module, "_ROWS_PER_BLOCK", 64)
+    monkeypatch.setattr(state_module, "_DRAWN_AT_ONCE", 64 * 60)
     spec = MatrixSpec(1000, 60, 32, fan_in=1, table=True)
     rule = Latent(planes=count, rank_divisor=20)
 

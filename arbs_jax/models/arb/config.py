@@ -95,13 +95,13 @@ class ArbConfig:
     """Of the losses that bring inputs and rows of the codebooks together."""
     weight_spread: float = 1.0
     """Of how far the codebooks' inputs are from filling their space."""
-    weight_halting: float = 0.003
-    """Of the expected number of iterations."""
+    weight_halting: float = 0.0003
+    """Of the expected number of iterations; ten times as much has positions halt after the first."""
     weight_balance: float = 0.01
     """Of the experts' uneven load."""
     weight_graph: float = 0.1
     """Of predicting the next position's motif from the loop's output."""
-    shield: tuple[str, ...] = ()
+    shield: tuple[str, ...] = ("commitment",)
     """Terms that do not reach past their own part, into the stream: of `SHIELDABLE`."""
 
     def __post_init__(self) -> None:
@@ -218,4 +218,4 @@ TERMS = ("commitment", "spread", "halting", "balance", "graph")
 """Terms of the loss beside the prediction; each is weighed by `ArbConfig.weight_<name>`."""
 
 SHIELDABLE = ("commitment", "halting", "balance", "graph")
-"""Terms that `ArbConfig.shield` may keep from the stream."""
+"""Terms that `ArbConfig.shield` may keep from the stream; commitment and spread go together."""

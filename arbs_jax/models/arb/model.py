@@ -37,6 +37,10 @@ from arbs_jax.models.byte_lm import Cache
 
 Memory = dict[str, Any]
 
+MOTIF_SCALE = 0.25
+"""Of motifs' vectors beside what a position says itself. They say it once more, in words that change while codebooks
+learn: at full size they cost 0.02 nats a byte (experiments/2026_11_21_arb_learning)."""
+
 
 def empty_memory(config: ArbConfig) -> Memory:
     """The bookkeeping of a fresh model: usage counts `vq` and `kg`, `memgram`, `edges`, where there are such parts."""
@@ -141,10 +145,10 @@ class ArbLM(nn.Module):
         if self.config.vq_part is None:
             return x_BxSxD, None, None
         found, composite = self.vq(x_BxSxD), None
-        made_BxSxD = x_BxSxD + found.output_BxSxD
+        made_BxSxD = x_BxSxD + MOTIF_SCALE * found.output_BxSxD
         if self.config.kg_part is not None:
             composite = self.kg(found.output_BxSxD, motif_BxD)
-            made_BxSxD = made_BxSxD + composite.output_BxSxD
+            made_BxSxD = made_BxSxD + MOTIF_SCALE * composite.output_BxSxD
         if self.config.memgram_part is not None:
             made_BxSxD = made_BxSxD + self.memgram(found.ids_BxS, memory["memgram"], ids_BxH)
         return made_BxSxD, found, composite
