@@ -13,6 +13,8 @@ Carry = Any
 Subtrees = dict[str, Any]
 Events = Any
 """Integer pytree: what happened in a micro-batch, for bookkeeping."""
+EVENTS = "events"
+"""Among the variables of a stage: its own events, where it runs again."""
 Observe = Callable[[Subtrees, Subtrees, Events, jax.Array, jax.Array], tuple[Subtrees, Subtrees]]
 
 
@@ -47,6 +49,9 @@ class Stage:
     `(carry, events)`; once a step, after all matrices have moved, it sees the events of all micro-batches, stacked in
     their global order. It may replace rows of the stage's tables. Nothing of it is differentiated, and it does not run
     where the step is blocked. `key` is of the run and stage, `step` int32 () the updates before this one."""
+    recalls: bool = False
+    """Whether `apply`, where backward runs it again, takes `variables["events"]`, its events of this micro-batch: what
+    was found once need not be searched for again."""
 
     def __post_init__(self) -> None:
         if self.stacked and self.observe is not None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from arbs_jax import tables
 from arbs_jax.errors import ConfigError
 from arbs_jax.layers import COLLECTION, PROBES
-from arbs_jax.models.stages import Carry, Events, Stage, Subtrees
+from arbs_jax.models.stages import EVENTS, Carry, Events, Stage, Subtrees
 from arbs_jax.rules import Rule
 from arbs_jax.rules.base import Report, add_reports, empty_report
 from arbs_jax.state import MatrixSpec, flatten_specs, map_matrices
@@ -256,8 +256,8 @@ class Sweep:
         def one(entry: tuple[Carry, Any]) -> tuple[Carry, Any]:
             carry, batch = entry
             if self.remat:
-                after, extra = self._run(stage, {COLLECTION: subtrees}, carry, batch)
-                return after, (carry, *extra)
+                after, (seen, terms) = self._run(stage, {COLLECTION: subtrees}, carry, batch)
+                return after, ((carry, seen if stage.recalls else {}), seen, terms)
             after, pull, extra = self._vjp(stage, subtrees, carry, batch)
             return after, (pull, *extra)
 
@@ -279,7 +279,7 @@ class Sweep:
 
         def one(entry: tuple[Any, Carry, Any, jax.Array]) -> tuple[tuple[Carry, RowVotes], Subtrees]:
             kept, cotangent, batch, index = entry
-            pull = self._vjp(stage, subtrees, kept, batch)[1] if self.remat else kept
+            pull = self._vjp(stage, subtrees, kept[0], batch, kept[1])[1] if self.remat else kept
             pull = pull.replace(args_res=[subtrees, *pull.args_res[1:]])
             _, collected, cotangent = pull(cotangent)
             own = _vote_key(key, step, index)
@@ -305,16 +305,20 @@ class Sweep:
         rows = {path: tables.stacked(self.rule, vote) for path, vote in self._gathered(rows).items()}
         return cotangent, votes, rows
 
-    def _vjp(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any, Any]:
+    def _vjp(
+        self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any, seen: Events | None = None
+    ) -> tuple[Carry, Any, Any]:
         """(the stage's carry, its pullback without the state, its events and terms): backward finds the state where it
-        is, so that no copy of it waits beside the activations."""
+        is, so that no copy of it waits beside the activations. `seen`: what a stage that recalls found before."""
         specs = {name: self.specs[name] for name in stage.keys}
         lookups = stage.lookups(batch) if stage.lookups else None
         uses = stage.uses(batch) if stage.uses else None
         probes = make_probes(subtrees, specs, self.rule, jnp.dtype(self.dtype), lookups, uses)
 
+        recalled = {EVENTS: seen} if seen else {}
+
         def run(subtrees: Subtrees, probes: Any, carry: Carry) -> tuple[Carry, Any]:
-            return self._run(stage, {COLLECTION: subtrees, PROBES: probes}, carry, batch)
+            return self._run(stage, {COLLECTION: subtrees, PROBES: probes, **recalled}, carry, batch)
 
         return jax.vjp(run, subtrees, probes, carry, has_aux=True, saveable_args=(False, True, True))
 

@@ -1,5 +1,7 @@
 """Sparse tables, experts, memory and terms in the sweep: equal to votes and updates one by one, in place, and exact."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from table_chain import LOOPS, MARK, MARKED, ROWS, RULE
 from arbs_jax import add_votes, update, value_and_votes
 from arbs_jax.audit import audit, require_integers
 from arbs_jax.errors import ConfigError, StateError
-from arbs_jax.models.stages import Stage
+from arbs_jax.models.stages import EVENTS, Stage
 from arbs_jax.rules import RuleConfig, make_rule
 from arbs_jax.run.checkpoints import Checkpointer
 from arbs_jax.run.limbs import to_device
@@ -162,6 +164,36 @@ def test_a_step_has_metrics_of_its_terms_and_survives_a_checkpoint(ternary, tmp_
     assert_trees_equal(resumed, half)
     assert np.abs(np.asarray(resumed.ternary["front"]["book"]["corr"]) - CANARY).max() < CANARY
     assert_trees_equal(step(resumed, batches[1])[0], step(step(begin(), batches[0])[0], batches[1])[0])
+
+
+def recalling(again):
+    """The chain, whose first stage gives what is not a number where it is told other events than it would give, and
+    notes in `again` whether it was told any."""
+    front, *others = table_chain.stages()
+
+    def apply(variables, carry, batch):
+        carry, events = front.apply({key: variables[key] for key in variables if key != EVENTS}, carry, batch)
+        again.append(EVENTS in variables)
+        told = variables.get(EVENTS, events)
+        return jnp.where(jnp.all(told["ids"] == events["ids"]), carry, jnp.nan), events
+
+    return replace(front, apply=apply, recalls=True), *others
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_a_stage_that_recalls_is_told_its_events_where_it_runs_again(ternary, remat):
+    again = []
+    sweep = Sweep(recalling(again), RULE, table_chain.specs(), remat=remat)
+    state, memory = jax.eval_shape(lambda: (ternary, table_chain.memory()))
+    jax.eval_shape(sweep, state, table_chain.batches(), STEP, KEY, jnp.asarray(False), memory)
+    assert sorted(set(again)) == [False, True][: 1 + remat]
+
+
+@pytest.mark.slow
+def test_what_is_recalled_is_of_the_same_micro_batch(ternary, swept):
+    sweep = jax.jit(Sweep(recalling([]), RULE, table_chain.specs()))
+    got = sweep(ternary, table_chain.batches(), STEP, KEY, jnp.asarray(False), table_chain.memory())
+    assert_trees_equal(got, swept(table_chain.batches()))
 
 
 def test_a_state_without_memory_is_saved_without():

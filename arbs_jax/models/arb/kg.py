@@ -21,11 +21,13 @@ class CompositeCodebook(nn.Module):
     """Channels of the network that proposes."""
 
     @nn.compact
-    def __call__(self, motifs_BxSxD: jax.Array, previous_BxD: jax.Array | None = None) -> VQOutput:
-        """See the class; `previous_BxD` is the motif before the first, None for zeros."""
+    def __call__(
+        self, motifs_BxSxD: jax.Array, previous_BxD: jax.Array | None = None, ids_BxS: jax.Array | None = None
+    ) -> VQOutput:
+        """See the class; `previous_BxD` is the motif before the first, None for zeros; `ids` as for `SharedVQ`."""
         normed_BxSxD = TernaryRMSNorm()(motifs_BxSxD)
         first_BxD = jnp.zeros_like(motifs_BxSxD[:, 0]) if previous_BxD is None else TernaryRMSNorm()(previous_BxD)
         before_BxSxD = jnp.concatenate([first_BxD[:, None], normed_BxSxD[:, :-1]], axis=1)
         pair_BxSx2D = jnp.concatenate([before_BxSxD, normed_BxSxD], axis=-1)
         proposed = nn.silu(TernaryDense(features=self.hidden, config=self.ternary, name="propose")(pair_BxSx2D))
-        return SharedVQ(self.config, self.ternary, name="book")(proposed)
+        return SharedVQ(self.config, self.ternary, name="book")(proposed, ids_BxS)

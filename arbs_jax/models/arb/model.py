@@ -13,6 +13,7 @@ One method a stage, each on what the one before gave, so that training can go th
 batch, T bytes, S positions (T - 2), D width, K channels of a codebook's row, V vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -137,17 +138,20 @@ class ArbLM(nn.Module):
         memory: Memory,
         motif_BxD: jax.Array | None = None,
         ids_BxH: jax.Array | None = None,
+        known: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, VQOutput | None, VQOutput | None]:
         """(positions with their motifs, the lookups in the shared codebook and in that of composites).
 
         Of the positions before, `motif_BxD` is the last motif's vector and `ids_BxH` what n-grams reach back to.
+        `known` are ids int32 (B, S) that were found before in the codebooks `vq` and `kg`.
         """
+        known = known or {}
         if self.config.vq_part is None:
             return x_BxSxD, None, None
-        found, composite = self.vq(x_BxSxD), None
+        found, composite = self.vq(x_BxSxD, known.get("vq")), None
         made_BxSxD = x_BxSxD + MOTIF_SCALE * found.output_BxSxD
         if self.config.kg_part is not None:
-            composite = self.kg(found.output_BxSxD, motif_BxD)
+            composite = self.kg(found.output_BxSxD, motif_BxD, known.get("kg"))
             made_BxSxD = made_BxSxD + MOTIF_SCALE * composite.output_BxSxD
         if self.config.memgram_part is not None:
             made_BxSxD = made_BxSxD + self.memgram(found.ids_BxS, memory["memgram"], ids_BxH)

@@ -21,7 +21,7 @@ from arbs_jax.models.arb.sequencer import TRIGRAM, targets
 from arbs_jax.models.arb.usage import observe_vq
 from arbs_jax.models.arb.vq import vq_events
 from arbs_jax.models.byte_lm import cross_entropy
-from arbs_jax.models.stages import Stage, Subtrees, weights_of
+from arbs_jax.models.stages import EVENTS, Stage, Subtrees, weights_of
 
 Variables = dict[str, Subtrees]
 
@@ -33,7 +33,8 @@ def arb_stages(config: ArbConfig, ternary: TernaryConfig) -> tuple[Stage, ...]:
     if config.vq_part is not None:
         there = {"vq": config.vq_part, "kg": config.kg_part, "memgram": config.memgram_part}
         keys = tuple(name for name, part in there.items() if part is not None)
-        stages.append(Stage(keys, parts.motifs, lookups=parts.lookups, memory=keys, observe=parts.count))
+        own = {"lookups": parts.lookups, "memory": keys, "observe": parts.count, "recalls": True}
+        stages.append(Stage(keys, parts.motifs, **own))
     if config.attention_part is not None:
         stages += [Stage(("blocks",), parts.block, stacked=True), Stage(("reader",), parts.remember)]
     if config.loop_part is not None:
@@ -87,7 +88,9 @@ class _Parts:
         return {f"loop/loop/experts/{name}": (config.max_moe_iters, rows) for name in names}
 
     def motifs(self, variables: Variables, carry: dict[str, Any], tokens: jax.Array) -> tuple[dict[str, Any], Any]:
-        x, found, composite = self.run(ArbLM.motifs, variables, carry["x"], variables[MEMORY])
+        seen, positions = variables.get(EVENTS, {}), carry["x"].shape[:2]
+        known = {name: seen[name]["ids"].reshape(positions) for name in ("vq", "kg") if name in seen}
+        x, found, composite = self.run(ArbLM.motifs, variables, carry["x"], variables[MEMORY], None, None, known)
         books = [part for part in (found, composite) if part is not None]
         terms = {
             "commitment": jnp.mean(sum(part.commitment_BxS + part.codebook_BxS for part in books)),

@@ -126,11 +126,11 @@ class SharedVQ(nn.Module):
         )
         self.up = TernaryDense(features=config.width, config=self.ternary)
 
-    def __call__(self, x_BxSxD: jax.Array) -> VQOutput:
-        """See the class."""
+    def __call__(self, x_BxSxD: jax.Array, ids_BxS: jax.Array | None = None) -> VQOutput:
+        """See the class; with `ids`, int32, of the nearest rows, they are not searched for."""
         z_BxSxK = unit_rows(self.down(x_BxSxD.astype(self.config.dtype)))
         latent_BxSxK = jax.lax.stop_gradient(z_BxSxK)
-        ids_BxS = self.nearest(latent_BxSxK)
+        ids_BxS = self.nearest(latent_BxSxK) if ids_BxS is None else ids_BxS
         row_BxSxK = unit_rows(self.codebook(ids_BxS))
         drawn_BxSxK = z_BxSxK
         if self.config.shielded:

@@ -11,7 +11,7 @@ from arbs_jax import Integral, TernaryConfig, matrix_specs
 from arbs_jax.errors import ConfigError
 from arbs_jax.models.arb.kg import CompositeCodebook
 from arbs_jax.models.arb.search import unit_rows
-from arbs_jax.models.arb.vq import SharedVQ, VQConfig, check_ids, vq_events
+from arbs_jax.models.arb.vq import SharedVQ, VQConfig, check_ids, spread_loss, vq_events
 from arbs_jax.rules.noise import run_key
 from arbs_jax.votes import make_probes
 
@@ -80,6 +80,21 @@ def test_a_position_s_id_depends_on_no_other(state, swept):
     out, _ = swept
     part = jax.jit(VQ.apply)({"ternary": state}, X[:1, :2])
     np.testing.assert_array_equal(part.ids_BxS, out.ids_BxS[:1, :2])
+
+
+def test_known_ids_are_not_searched_for(state):
+    found = VQ.apply({"ternary": state}, X)
+    again = VQ.apply({"ternary": state}, X, found.ids_BxS)
+    np.testing.assert_array_equal(again.output_BxSxD, found.output_BxSxD)
+    program = jax.make_jaxpr(lambda ids: VQ.apply({"ternary": state}, X, ids).output_BxSxD)(found.ids_BxS)
+    assert "argmax" not in str(program)
+    other = VQ.apply({"ternary": state}, X, (found.ids_BxS + 1) % 96)
+    assert not np.array_equal(other.output_BxSxD, found.output_BxSxD)
+
+
+@pytest.mark.parametrize(("inputs", "spread"), [(jnp.eye(4) * 2, 0.0), (jnp.ones((3, 4)), 3.0)])
+def test_inputs_that_fill_their_space_cost_nothing(inputs, spread):
+    assert spread_loss(inputs[None]) == spread
 
 
 def test_a_small_book_is_searched_whole(state, swept):
