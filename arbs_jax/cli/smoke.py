@@ -55,37 +55,44 @@ def run(args: Smoke) -> None:
     enable_cache()
     program = Program(config)
     account, room = admitted(program)
-    began = time.perf_counter()
-    fresh = jax.block_until_ready(program.init_state())
     result: dict[str, Any] = {
         "preset": config.preset,
         "rule": config.rule.name,
         "logical_ternary_weights": account.logical_ternary_weights,
         "state_megabytes": account.state_bytes / 1e6,
-        "seconds_init": time.perf_counter() - began,
-        "init_peak_megabytes": _peak(),
     }
-    rng = np.random.default_rng(config.train.seed)
-    shape = (config.train.accum, config.train.batch, config.train.context + 1)
-    tokens = rng.integers(0, 256, shape, dtype=np.uint8)
-    forward, loss = timed(lambda: program.loss(fresh, tokens[0]), args.runs)
-    result |= {"forward_cold": forward[0], "forward_warm": forward[1], "nats_per_byte": float(loss)}
-    result["forward_peak_megabytes"] = _peak()
+    # All is compiled before anything is there: the compiler tries kernels out, in memory of its own.
+    compiling, forward = _timed(program.compile_evaluation)
+    result["forward_cold"] = compiling
+    check_room(peak_bytes(forward), room, "this forward pass")
+    step: Any = None
     if args.backward:
-        began = time.perf_counter()
-        compiled = program.compile_step()
-        result["step_planned_megabytes"] = peak_bytes(compiled) / 1e6
-        check_room(peak_bytes(compiled), room)
-        seconds = time.perf_counter() - began
-        held = [fresh]
-        del fresh  # The step takes the state's memory over.
+        compiling, step = _timed(program.compile_step)
+        result |= {"step_cold": compiling, "step_planned_megabytes": peak_bytes(step) / 1e6}
+        check_room(peak_bytes(step), room)
+    result["seconds_init"], state = _timed(lambda: jax.block_until_ready(program.init_state()))
+    result["init_peak_megabytes"] = _peak()
 
-        def step() -> Any:
-            held[0], metrics = compiled(held[0], tokens)
+    rng = np.random.default_rng(config.train.seed)
+    train = config.train
+    tokens = rng.integers(0, 256, (train.accum, train.batch, train.context + 1), dtype=np.uint8)
+    windows = rng.integers(0, 256, (config.validation_batch, train.context + 1), dtype=np.uint8)
+    valid = np.ones(windows.shape[0], bool)
+    cold, warm, nats = several(lambda: forward(state.ternary, state.memory, windows, valid), args.runs)
+    result["forward_cold"] += cold
+    result |= {"forward_warm": warm, "forward_peak_megabytes": _peak()}
+    result["nats_per_byte"] = float(nats) / (windows.shape[0] * program.family.predicted(train.context))
+    if args.backward:
+        held = [state]
+        del state  # The step takes its memory over.
+
+        def once() -> Any:
+            held[0], metrics = step(held[0], tokens)
             return metrics["loss"]
 
-        backward, loss = timed(step, args.runs)
-        result |= {"step_cold": seconds + backward[0], "step_warm": backward[1], "nats_per_byte": float(loss)}
+        cold, warm, loss = several(once, args.runs)
+        result["step_cold"] += cold
+        result |= {"step_warm": warm, "nats_per_byte": float(loss)}
     result["device_peak_megabytes"] = _peak()
     if not math.isfinite(result["nats_per_byte"]):
         raise StateError(f"the loss of a fresh {config.preset} is {result['nats_per_byte']}")
@@ -101,16 +108,17 @@ def _peak() -> float | None:
     return None if peak is None else peak / 1e6
 
 
-def timed(function: Callable[[], jax.Array], runs: int) -> tuple[tuple[float, float], jax.Array]:
-    """((seconds of the first call with its compilation, the median of the next), the last result)."""
-    seconds = []
-    result = None
-    for _ in range(runs + 1):
-        began = time.perf_counter()
-        result = jax.block_until_ready(function())
-        seconds.append(time.perf_counter() - began)
-    assert result is not None
-    return (seconds[0], float(np.median(seconds[1:]))), result
+def several(function: Callable[[], jax.Array], runs: int) -> tuple[float, float, jax.Array]:
+    """(seconds of a first call, the median of those of the next, the last result)."""
+    results = [_timed(lambda: jax.block_until_ready(function())) for _ in range(runs + 1)]
+    return results[0][0], float(np.median([seconds for seconds, _ in results[1:]])), results[-1][1]
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, what it gives)."""
+    began = time.perf_counter()
+    result = function()
+    return time.perf_counter() - began, result
 
 
 def _rows(result: dict[str, Any], account: Any) -> Any:

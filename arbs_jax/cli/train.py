@@ -179,6 +179,15 @@ def _prepare(
     device had of it."""
     batches = inputs.batches()
     stack.callback(batches.close)
+    try:
+        with measured() as compiled:
+            # Before the state is there: the compiler tries kernels out, in memory of its own.
+            step = program.compile_step()
+        check_room(peak_bytes(step), room)
+    except BaseException:
+        if resumed is None:  # Nothing has begun, and the same command may be given again.
+            folder.config.unlink(missing_ok=True)
+        raise
     with measured() as started:
         if resumed is None:
             state = program.init_state()
@@ -199,7 +208,7 @@ def _prepare(
     progress = Progress() if resumed is None else resumed.progress
     trainer = Trainer(
         program=program,
-        step_function=program.step,
+        step_function=step,
         state=state,
         batches=batches,
         validation=inputs.validation_batches(),
@@ -214,10 +223,6 @@ def _prepare(
         trainer.save("latest")
     elif args.merge:
         trainer.save("latest", "best")
-    with measured() as compiled:
-        step = program.compile_step()
-    check_room(peak_bytes(step), room)
-    trainer.step_function = step
     console.print(f"state in {started}, training step in {compiled}")
     return trainer
 

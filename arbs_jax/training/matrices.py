@@ -54,7 +54,8 @@ def together(function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix:
     """`function(spec, *nodes)` for every matrix of the trees, nested like the first of them.
 
     Matrices of one shape go through one vmapped call: fewer, larger operations to compile and to launch. Large ones do
-    not, for they would be copied whole and their temporaries would be held side by side.
+    not, for they would be copied whole and their temporaries would be held side by side: they go one after another, the
+    second of the nodes (votes, or what they are made of) being read once the matrix before is done.
     """
     entries: dict[str, tuple[Any, ...]] = {}
     map_matrices(lambda path, *nodes: entries.update({path: nodes}), *trees, prefix=prefix)
@@ -63,7 +64,13 @@ def together(function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix:
         alone = specs[path].sparse or specs[path].weights > MOST_TOGETHER
         alike.setdefault((specs[path], path if alone else ""), []).append(path)
     results: dict[str, Any] = {}
-    for (spec, _), paths in alike.items():
+    before = ""
+    for (spec, alone), paths in alike.items():
+        if alone and before:
+            matrix, found, *others = entries[alone]
+            found, results[before] = jax.lax.optimization_barrier((found, results[before]))
+            entries[alone] = (matrix, found, *others)
+        before = alone or before
         if len(paths) == 1:
             results[paths[0]] = function(spec, *entries[paths[0]])
             continue

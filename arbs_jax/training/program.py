@@ -159,17 +159,13 @@ class Program:
 
         return nats
 
-    def compile_evaluation(self) -> None:
-        """Compiles one validation batch ahead of time."""
+    def compile_evaluation(self) -> Any:
+        """Compiles one validation batch ahead of time: `(ternary, memory, windows uint8 (B, T+1), valid bool (B,))` to
+        nats summed over the valid windows, float32 ()."""
         batch, window = self.config.validation_batch, self.config.train.context + 1
         tokens, valid = jax.ShapeDtypeStruct((batch, window), jnp.uint8), jax.ShapeDtypeStruct((batch,), jnp.bool_)
         state = self.abstract_state
-        self._nats.lower(state.ternary, state.memory, tokens, valid).compile()
-
-    def loss(self, state: TrainState, windows: Any) -> jax.Array:
-        """Mean nats per predicted byte of uint8 windows (B, T+1), float32 (), on the device."""
-        total = self._nats(state.ternary, state.memory, windows, np.ones(windows.shape[0], bool))
-        return total / (windows.shape[0] * self.family.predicted(windows.shape[1] - 1))
+        return self._nats.lower(state.ternary, state.memory, tokens, valid).compile()
 
     def evaluate(self, state: TrainState, batches: list[ValidationBatch]) -> float:
         """Mean nats per predicted byte over all valid windows."""

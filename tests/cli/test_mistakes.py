@@ -12,9 +12,11 @@ import pytest
 from commands import STEPS, Reference, call, flags, restore, start, tags, wait_for_step
 from support import assert_trees_equal
 
+from arbs_jax.cli import train
 from arbs_jax.run import checkpoints
 from arbs_jax.run.checkpoints import Checkpointer
 from arbs_jax.run.folder import RunLock
+from arbs_jax.training.room import check_room
 from arbs_kernels import backends
 from arbs_kernels.packed_matmul import api as packed_matmul
 from arbs_kernels.selection import Implementation, UnsupportedError
@@ -217,6 +219,24 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_it_offered(
     assert call("sample", "--run", run, "--checkpoint", good, "--bytes", 2) == 0
     assert call("train", "--run", run, "--resume", "--checkpoint", good) == 0
     assert_trees_equal(restore(run, "final")[0], restore(reference("integral", 2).run, "final")[0])
+
+
+def test_a_step_that_does_not_fit_is_refused_before_there_is_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    asked = []
+
+    def room(need: int, room: int | None) -> None:
+        asked.append(need)
+        if len(asked) == 1:
+            check_room(need, 10**6)
+
+    monkeypatch.setattr(train, "check_room", room)
+    words = ("train", *flags(steps=2), "--run", tmp_path / "run", "--no-save")
+    assert "this training step needs" in refused(capsys, *words)
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert call(*words) == 0
+    assert asked[0] == asked[1]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(
