@@ -27,7 +27,7 @@ from arbs_kernels.shapes import GROUP_SIZES, group_count
 from arbs_kernels.table_autodiff import MOST_ROWS
 
 BASE_LEAVES = ("trits", "exponent", "corr", "votes")
-_DRAWN_AT_ONCE = 2**22
+_DRAWN_AT_ONCE = 2**20
 """Weights of a matrix that are drawn at a time: random bits and what becomes of them take some 30 bytes each."""
 
 Matrix = dict[str, jax.Array]

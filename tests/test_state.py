@@ -100,7 +100,7 @@ def test_a_large_table_is_born_packed():
     assert max(value.size for value in made) < spec.out_features * spec.in_features
     assert not [value for value in made if value.shape and is_float(value)]
     # All together, the four leaves included, they are few enough to prove that the walk saw the inside of the loop.
-    assert sum(value.size == 65_536 * 64 for value in made) > 3
+    assert sum(value.size == state_module._DRAWN_AT_ONCE for value in made) > 3
 
 
 def test_spec_derives_its_shapes():

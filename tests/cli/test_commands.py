@@ -74,6 +74,7 @@ def test_a_run_folder_is_complete(finished: Path):
         assert int(restore(finished, name)[0]["step"]) == STEPS
 
 
+@pytest.mark.slow
 def test_output_that_is_no_terminal_holds_no_control_characters(tmp_path: Path):
     done = finish("train", "--run", tmp_path / "run", *flags("integral", 2, steps=100), "--no-save")
     assert done.returncode == 0, done.stderr
@@ -121,6 +122,7 @@ def test_sample_refuses(words: tuple[str, str], expected: str, finished: Path, c
     assert out == ""
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_not_utf8_and_a_terminal_that_is_not_either(finished: Path):
     words = [*map(str.encode, command("sample", "--run", finished, "--bytes", 8, "--prompt")), b"\xff\xc3\xa9"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
@@ -213,6 +215,7 @@ def _compiled(out: str) -> dict[str, bool]:
     return {what: how == "compiled" for what, how in found}
 
 
+@pytest.mark.slow
 def test_a_start_after_warmup_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ARBS_CACHE_DIR", str(tmp_path / "cache"))
     shape = flags("integral", 1, steps=3)

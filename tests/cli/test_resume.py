@@ -179,6 +179,7 @@ def test_values_past_32_bits_survive_training_saving_and_resuming(tmp_path: Path
     assert_trees_equal(to_host(to_device(after)), after)
 
 
+@pytest.mark.slow
 def test_another_architecture_is_refused_with_a_table_and_merged_when_asked(
     reference: Callable[..., Reference], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

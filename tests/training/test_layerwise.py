@@ -132,6 +132,7 @@ def test_layers_that_move_together_divide_the_stack(untied, three):
         together(untied.ternary, three, STEP, KEY, jnp.asarray(False))
 
 
+@pytest.mark.slow
 def test_layers_that_move_together_keep_their_own_random_bits():
     """Products of several layers at once round differently in the last bit; a rounding to integers seldom shows it."""
     rule, batch = toy_chain.latent(), toy_chain.batches(2)
