@@ -16,8 +16,6 @@ from arbs_jax.models.decoders import Decoder, decoder_of
 from arbs_jax.sampling import Generator, SamplingConfig, choose
 from arbs_jax.training.program import Program
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = ModelConfig(width=32, layers=2, heads=2, kv_heads=1, head_dim=16, hidden=48, context=64)
 GREEDY = SamplingConfig(temperature=0)
 

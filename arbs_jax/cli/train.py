@@ -223,6 +223,8 @@ def _prepare(
         trainer.save("latest")
     elif args.merge:
         trainer.save("latest", "best")
+    if checkpointer is not None:
+        checkpointer.wait()
     console.print(f"state in {started}, training step in {compiled}")
     return trainer
 

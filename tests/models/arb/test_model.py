@@ -13,7 +13,7 @@ from support import assert_trees_equal, is_float, values_of
 
 from arbs_jax import Integral, TernaryConfig
 from arbs_jax.errors import ConfigError
-from arbs_jax.models.arb.config import ArbConfig
+from arbs_jax.models.arb.config import TERMS, ArbConfig
 from arbs_jax.models.arb.model import ArbLM, empty_memory
 from arbs_jax.models.arb.stages import arb_stages
 from arbs_jax.models.byte_lm import cross_entropy
@@ -189,9 +189,7 @@ def assert_loss_is_that_of_the_model(trained: Trained, metrics: dict):
     logits = jax.jit(trained.model.apply)(trained.variables, tokens[:, :-1], remembered(trained.config))
     expected = cross_entropy(logits, tokens[:, 3:]).mean()
     assert float(metrics["loss"]) == float(metrics["loss/prediction"]) == pytest.approx(float(expected), rel=1e-5)
-    weighted = {
-        name: getattr(trained.config, f"weight_{name}") for name in ("commitment", "halting", "balance", "graph")
-    }
+    weighted = {name: getattr(trained.config, f"weight_{name}") for name in TERMS}
     rest = sum(weight * float(metrics[f"loss/{name}"]) for name, weight in weighted.items())
     assert float(metrics["loss/total"]) == pytest.approx(float(expected) + rest, rel=1e-5)
 
