@@ -28,7 +28,7 @@ class Tile:
     """A tile of the result; powers of two, no less than 16."""
 
     rows: int
-    """Of one expert."""
+    """Of one expert: of activations, or of its gradient."""
     columns: int
     depth: int
     """Of the sum at once."""

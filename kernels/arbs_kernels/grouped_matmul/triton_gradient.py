@@ -1,29 +1,13 @@
 """Experts' weight gradients by a Triton kernel: a program sums one tile of one expert's gradient over its rows."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
 
 from arbs_kernels.backends import compute_capability
-from arbs_kernels.grouped_matmul.triton import table_entries
+from arbs_kernels.grouped_matmul.triton import Tile, table_entries
 from arbs_kernels.triton_launch import check_size, launch, one_by_one
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A tile of the gradient; powers of two, no less than 16."""
-
-    rows: int
-    """Of N."""
-    columns: int
-    """Of K."""
-    depth: int
-    """Of M at once."""
-    num_warps: int
-    num_stages: int
 
 
 BIG = Tile(rows=128, columns=128, depth=64, num_warps=8, num_stages=3)
