@@ -9,7 +9,6 @@ from arbs_kernels.backends import compute_capability
 from arbs_kernels.grouped_matmul.triton import Tile, table_entries
 from arbs_kernels.triton_launch import check_size, launch, one_by_one
 
-
 BIG = Tile(rows=128, columns=128, depth=64, num_warps=8, num_stages=3)
 """bfloat16 on data-centre GPUs since Hopper."""
 SMALL = Tile(rows=64, columns=128, depth=32, num_warps=4, num_stages=3)
