@@ -12,6 +12,7 @@ from arbs_jax.audit import Audit, audit
 from arbs_jax.compilation import deterministic_options
 from arbs_jax.config import RunConfig
 from arbs_jax.data import ValidationBatch
+from arbs_jax.executables import compiled
 from arbs_jax.layers import COLLECTION, MEMORY, TernaryConfig
 from arbs_jax.models.family import Family, family_of
 from arbs_jax.rules import make_rule
@@ -87,11 +88,12 @@ class Program:
 
     def init_state(self) -> TrainState:
         """Fresh state on the device, from the configured seed."""
-        return self._init(self._seed)
+        return self.compiled_init(self._seed)
 
-    def compile_init(self) -> None:
-        """Compiles `init_state` ahead of time."""
-        self._init.lower(self._seed).compile()
+    @cached_property
+    def compiled_init(self) -> Any:
+        """`init_state` compiled ahead of time, of a seed uint32 ()."""
+        return self._compiled("init", self._init, self._seed)
 
     @property
     def _seed(self) -> np.uint32:
@@ -148,7 +150,12 @@ class Program:
         """The step compiled ahead of time for this configuration's exact shapes."""
         train = self.config.train
         tokens = jax.ShapeDtypeStruct((train.accum, train.batch, train.context + 1), jnp.uint8)
-        return self.step.lower(self.abstract_state, tokens).compile()
+        return self._compiled("step", self.step, self.abstract_state, tokens)
+
+    def _compiled(self, name: str, function: Any, *arguments: Any) -> Any:
+        """`function` for these arguments; everything in the configuration decides it but data and looks."""
+        settings = {key: value for key, value in self.config.to_json().items() if key not in ("data", "log")}
+        return compiled(name, function, *arguments, settings=settings)
 
     @cached_property
     def _nats(self) -> Any:
@@ -162,14 +169,25 @@ class Program:
     def compile_evaluation(self) -> Any:
         """Compiles one validation batch ahead of time: `(ternary, memory, windows uint8 (B, T+1), valid bool (B,))` to
         nats summed over the valid windows, float32 ()."""
-        batch, window = self.config.validation_batch, self.config.train.context + 1
-        tokens, valid = jax.ShapeDtypeStruct((batch, window), jnp.uint8), jax.ShapeDtypeStruct((batch,), jnp.bool_)
-        state = self.abstract_state
-        return self._nats.lower(state.ternary, state.memory, tokens, valid).compile()
+        return self._compiled_nats(self.config.validation_batch, self.config.train.context + 1)
+
+    def _compiled_nats(self, batch: int, window: int) -> Any:
+        if (batch, window) not in self._evaluations:
+            tokens, valid = jax.ShapeDtypeStruct((batch, window), jnp.uint8), jax.ShapeDtypeStruct((batch,), jnp.bool_)
+            arguments = self.abstract_state.ternary, self.abstract_state.memory, tokens, valid
+            self._evaluations[batch, window] = self._compiled("evaluation", self._nats, *arguments)
+        return self._evaluations[batch, window]
+
+    @cached_property
+    def _evaluations(self) -> dict[tuple[int, int], Any]:
+        return {}
 
     def evaluate(self, state: TrainState, batches: list[ValidationBatch]) -> float:
         """Mean nats per predicted byte over all valid windows."""
-        totals = [self._nats(state.ternary, state.memory, batch.windows, batch.valid) for batch in batches]
+        totals = [
+            self._compiled_nats(*batch.windows.shape)(state.ternary, state.memory, batch.windows, batch.valid)
+            for batch in batches
+        ]
         count = sum(int(batch.valid.sum()) * self.family.predicted(batch.windows.shape[1] - 1) for batch in batches)
         return float(np.sum([np.float64(total) for total in totals]) / count)
 

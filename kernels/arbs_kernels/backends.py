@@ -5,6 +5,7 @@ they run anywhere, slowly, for tests. "triton" kernels go through jax-triton, fo
 """
 
 import contextlib
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -63,6 +64,19 @@ def triton_missing() -> str | None:
     if importlib.util.find_spec("jax_triton") is None:
         return "jax-triton, which is not installed (pip install 'arbs-jax[triton]')"
     return None
+
+
+def register_calls() -> None:
+    """Makes known what compiled programs call on this machine.
+
+    Importing a backend registers its handlers, and a program that is read back, not traced, imports none.
+    """
+    for missing, module in (
+        (triton_missing, "jax_triton"),
+        (mosaic_gpu_missing, "jax.experimental.pallas.mosaic_gpu"),
+    ):
+        if missing() is None:
+            importlib.import_module(module)
 
 
 def _device() -> jax.Device:

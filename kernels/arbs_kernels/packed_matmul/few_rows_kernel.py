@@ -117,26 +117,28 @@ def x_at(row_at, place, FIRST: tl.constexpr, LAST: tl.constexpr, K: tl.constexpr
 
 
 @triton.jit
-def added(
-    total, weights, b0, b1, EIGHT: tl.constexpr, CHAIN: tl.constexpr, CHAINS: tl.constexpr, ROW_TILES: tl.constexpr
-):
-    """Sums with the products of all rows and eight rows of x in one of their chains."""
+def added(total, weights, x, FIRST: tl.constexpr, CHUNK: tl.constexpr, CHAINS: tl.constexpr, ROW_TILES: tl.constexpr):
+    """Sums with the products of all rows, all of x, and CHUNK words from FIRST on.
+
+    Words take chains by turns. All sums are renewed at once: a tuple with one sum replaced is a copy of the others.
+    """
     sums = ()
     for at in tl.static_range(len(total) // 4):
         four = total[4 * at : 4 * at + 4]
-        if (at // CHAINS // ROW_TILES == EIGHT) & (at % CHAINS == CHAIN):
-            four = product(
-                weights[2 * (at // CHAINS % ROW_TILES)],
-                weights[2 * (at // CHAINS % ROW_TILES) + 1],
-                weights[2 * (at // CHAINS % ROW_TILES + ROW_TILES)],
-                weights[2 * (at // CHAINS % ROW_TILES + ROW_TILES) + 1],
-                b0,
-                b1,
-                four[0],
-                four[1],
-                four[2],
-                four[3],
-            )
+        for word in tl.static_range(CHUNK):
+            if (FIRST + word) % CHAINS == at % CHAINS:
+                four = product(
+                    weights[4 * ROW_TILES * word + 2 * (at // CHAINS % ROW_TILES)],
+                    weights[4 * ROW_TILES * word + 2 * (at // CHAINS % ROW_TILES) + 1],
+                    weights[4 * ROW_TILES * word + 2 * (at // CHAINS % ROW_TILES + ROW_TILES)],
+                    weights[4 * ROW_TILES * word + 2 * (at // CHAINS % ROW_TILES + ROW_TILES) + 1],
+                    x[2 * (CHUNK * (at // CHAINS // ROW_TILES) + word)],
+                    x[2 * (CHUNK * (at // CHAINS // ROW_TILES) + word) + 1],
+                    four[0],
+                    four[1],
+                    four[2],
+                    four[3],
+                )
         sums = sums + (four[0], four[1], four[2], four[3])
     return sums
 
@@ -271,6 +273,7 @@ def few_rows(
                             TILES * BLOCKS_OF_8 * 64 * RUN
                         )
                         x = x + loaded(x_of[eight] + run + chunk * 256, 0, 1, 0, 2 * CHUNK, False)
+                weights = ()
                 for word in tl.static_range(chunk, chunk + CHUNK):
                     if UNIT == RUN:
                         column = plane * P + byte - phase
@@ -285,7 +288,6 @@ def few_rows(
                     left = (tl.maximum(column, 0) // G + 1) * G - column - place
                     if EXACT_WORDS and not EXACT:
                         own = chosen(own, tl.where(left > 0, 0x1010, 0x3232))
-                    weights = ()
                     for half in tl.static_range(2):
                         some = own
                         if not (EXACT or EXACT_WORDS):
@@ -293,17 +295,7 @@ def few_rows(
                         for row in tl.static_range(ROWS):
                             trits = pairs[ROWS * (word - chunk) + row][2 * plane + half]
                             weights = weights + (scaled(trits, some[row]),)
-                    for eight in tl.static_range(BLOCKS_OF_8):
-                        total = added(
-                            total,
-                            weights,
-                            x[2 * (CHUNK * eight + word - chunk)],
-                            x[2 * (CHUNK * eight + word - chunk) + 1],
-                            eight,
-                            word % CHAINS,
-                            CHAINS,
-                            ROW_TILES,
-                        )
+                total = added(total, weights, x, chunk, CHUNK, CHAINS, ROW_TILES)
         queue = queue[ASKED:]
 
     out = y_ptr + tl.program_id(1) * (M * N)
