@@ -9,8 +9,10 @@ from pathlib import Path
 
 import jax
 
-from arbs_jax.executables import FOUND
 from arbs_kernels.backends import compute_capability
+
+FOUND = "/arbs_jax/executables/found"
+"""Event (`jax.monitoring`): a whole program was read back (`arbs_jax.executables`)."""
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _MISS = "/jax/compilation_cache/cache_misses"

@@ -20,11 +20,9 @@ from jax.experimental import serialize_executable
 
 import arbs_jax
 import arbs_kernels
+from arbs_jax.compilation import FOUND, measured
 from arbs_jax.run.files import write_atomic
 from arbs_kernels.backends import register_calls
-
-FOUND = "/arbs_jax/executables/found"
-"""Event (`jax.monitoring`): a program was read back."""
 
 MOST_FILES = 64
 """Kept in a cache; those used longest ago go first."""
@@ -48,7 +46,8 @@ def compiled(name: str, function: Any, *arguments: Any, settings: Any) -> Any:
         settings: JSON-like; with the arguments' shapes all that decides what `function` computes, besides its source.
 
     Returns:
-        A `jax.stages.Compiled`. Without a cache folder (`arbs_jax.compilation.enable_cache`) nothing is kept.
+        A `jax.stages.Compiled`. Without a cache folder (`arbs_jax.compilation.enable_cache`) nothing is kept, nor is
+        what JAX's own cache had already.
     """
     folder = jax.config.jax_compilation_cache_dir
     if folder is None:
@@ -58,8 +57,10 @@ def compiled(name: str, function: Any, *arguments: Any, settings: Any) -> Any:
     if found is not None:
         jax.monitoring.record_event(FOUND)
         return found
-    program = function.lower(*arguments).compile()
-    _keep(path, program)
+    with measured() as report:
+        program = function.lower(*arguments).compile()
+    if not report.hits:  # XLA's CPU backend cannot write out again what it has read: it would lack its functions.
+        _keep(path, program)
     return program
 
 

@@ -78,6 +78,22 @@ def test_another_program_is_not_mistaken_for_it(other: dict[str, Any]):
     assert program({"x": jnp.ones(shape.shape, shape.dtype)})["y"].tolist() == [traced.factor] * shape.shape[0]
 
 
+def test_what_jax_had_already_is_not_written_again(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a CPU it could be read and not run."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        for starts in range(3):
+            monkeypatch.setattr(executables, "_source", lambda text=str(starts): text)
+            with measured() as report:
+                program = Traced().program()
+            assert program({"x": np.ones(4, np.int32)})["y"].tolist() == [3] * 4
+            assert report.cached == (starts > 0)
+            assert len(list(folder.iterdir())) == 1
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
 @pytest.mark.parametrize("what", ["source", "version", "flags", "option"])
 def test_what_lies_beneath_may_not_change(what: str, monkeypatch: pytest.MonkeyPatch):
     Traced().program()

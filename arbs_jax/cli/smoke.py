@@ -38,13 +38,14 @@ class Smoke:
     """Print one JSON object in place of the table."""
 
     def resolve(self) -> RunConfig:
-        """The configuration: the flags, on one window."""
+        """The configuration: the flags, on one window; forward takes as many as a step."""
         flags = self.model
         if flags.model is None and flags.preset is None:
             flags = replace(flags, model="arb")
         if flags.batch is None:
             flags = replace(flags, batch=1)
-        return flags.resolve()
+        config = flags.resolve()
+        return replace(config, log=replace(config.log, eval_windows=config.train.batch))
 
 
 def run(args: Smoke) -> None:
