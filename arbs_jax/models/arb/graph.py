@@ -18,7 +18,6 @@ from arbs_jax.errors import ConfigError
 from arbs_jax.layers import TernaryConfig, TernaryDense, TernaryRMSNorm
 from arbs_jax.models.arb.edges import EdgeConfig, Edges, pair_weights
 
-
 MESSAGE_SCALE = 0.25
 """Of what messages add to a position. Edges come and go while a model learns, so what arrives changes: at full size the
 graph cost 0.01 nats a byte, so it gives 0.01 (two seeds, experiments/2026_11_21_arb_learning)."""
@@ -110,8 +109,8 @@ class MessagePassing(nn.Module):
     """Normalised positions to `Heard`.
 
     A message is a projection of its sender. What a position hears is summed over its edges with their signs,
-    normalised, joined by a projection of its context, projected, and scaled by `MESSAGE_SCALE`. With `earlier` messages,
-    those of positions before the first, the band is that of all positions.
+    normalised, joined by a projection of its context, projected, and scaled by `MESSAGE_SCALE`. With `earlier`
+    messages, those of positions before the first, the band is that of all positions.
     """
 
     config: GraphConfig
