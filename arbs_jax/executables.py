@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def _key(name: str, arguments: Any, settings: Any) -> str:
         "source": _source(),
         "versions": [_version(package) for package in _PACKAGES],
         "device": [device.device_kind, device.client.platform_version, jax.local_device_count()],
+        "host": _host(),
         "options": options,
         "flags": [os.environ.get("XLA_FLAGS"), os.environ.get("LIBTPU_INIT_ARGS")],
     }
@@ -95,6 +97,16 @@ def _source() -> str:
             if path.suffix in {".py", ".json"}:
                 digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+@functools.cache
+def _host() -> str:
+    """What instructions this host knows: programs for a CPU use all of them, and homes are shared between hosts."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def _version(package: str) -> str | None:

@@ -94,7 +94,7 @@ def test_what_jax_had_already_is_not_written_again(folder: Path, monkeypatch: py
         jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
-@pytest.mark.parametrize("what", ["source", "version", "flags", "option"])
+@pytest.mark.parametrize("what", ["source", "version", "host", "flags", "option"])
 def test_what_lies_beneath_may_not_change(what: str, monkeypatch: pytest.MonkeyPatch):
     Traced().program()
     again = Traced()
@@ -103,6 +103,8 @@ def test_what_lies_beneath_may_not_change(what: str, monkeypatch: pytest.MonkeyP
             monkeypatch.setattr(executables, "_source", lambda: "another")
         case "version":
             monkeypatch.setattr(executables, "_version", lambda package: f"{package} of tomorrow")
+        case "host":
+            monkeypatch.setattr(executables, "_host", lambda: "flags: fpu")
         case "flags":
             monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
     if what == "option":
