@@ -16,6 +16,8 @@ from arbs_jax import executables
 from arbs_jax.compilation import measured
 from arbs_jax.config import RunConfig, TrainConfig
 from arbs_jax.executables import compiled
+from arbs_jax.models import ModelConfig
+from arbs_jax.rules import RuleConfig
 from arbs_jax.training.program import Program
 
 SHAPE = jax.ShapeDtypeStruct((4,), jnp.int32)
@@ -167,7 +169,10 @@ def test_without_a_cache_nothing_is_kept(folder: Path):
 
 def test_a_step_that_was_read_back_takes_the_same_step(folder: Path, quick_compilation: None):
     del quick_compilation
-    config = RunConfig(train=TrainConfig(steps=3, batch=2, context=8))
+    model = ModelConfig(width=32, layers=1, heads=2, kv_heads=1, head_dim=16, hidden=32, context=8)
+    config = RunConfig(
+        model=model, group_size=32, rule=RuleConfig("bigint"), train=TrainConfig(steps=3, batch=2, context=8)
+    )
     tokens = np.random.default_rng(0).integers(0, 256, (1, 2, 9), dtype=np.uint8)
     after = []
     for start in range(2):
