@@ -39,7 +39,7 @@ def run(args: Warmup) -> None:
     with measured() as step:
         compiled = program.compile_step()
     with measured() as init:
-        program.compiled_init  # noqa: B018
+        program.compile_init()
     with measured() as evaluation:
         program.compile_evaluation()
     memory = compiled.memory_analysis()

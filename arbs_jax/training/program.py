@@ -88,11 +88,14 @@ class Program:
 
     def init_state(self) -> TrainState:
         """Fresh state on the device, from the configured seed."""
-        return self.compiled_init(self._seed)
+        return self.compile_init()(self._seed)
+
+    def compile_init(self) -> Any:
+        """`init_state` compiled ahead of time, as a function of a seed uint32 (); once."""
+        return self._compiled_init
 
     @cached_property
-    def compiled_init(self) -> Any:
-        """`init_state` compiled ahead of time, of a seed uint32 ()."""
+    def _compiled_init(self) -> Any:
         return self._compiled("init", self._init, self._seed)
 
     @property
