@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,8 @@ def _read(path: Path, arguments: Any) -> Any:
         return None
     except Exception as error:  # Whatever is wrong with a file that only saves time must not end a run.
         _log.warning("compiling anew, for the kept program %s cannot be read: %s", path, error)
+        with suppress(OSError):
+            path.unlink()
         return None
     return program
 

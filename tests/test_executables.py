@@ -23,14 +23,23 @@ from arbs_jax.training.program import Program
 SHAPE = jax.ShapeDtypeStruct((4,), jnp.int32)
 
 
+OPTIONS = {
+    "jax_compilation_cache_dir": None,
+    "jax_persistent_cache_min_compile_time_secs": 1e9,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+}
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Of the programs, below an empty JAX cache."""
-    before = jax.config.jax_compilation_cache_dir
+    """Of the programs, below a folder in which JAX keeps nothing of its own: it keeps what took longer than ever."""
+    before = {name: getattr(jax.config, name) for name in OPTIONS}
     compilation_cache.reset_cache()
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    for name, value in (OPTIONS | {"jax_compilation_cache_dir": str(tmp_path)}).items():
+        jax.config.update(name, value)
     yield tmp_path / "arbs_executables"
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
 
 
@@ -82,18 +91,15 @@ def test_another_program_is_not_mistaken_for_it(other: dict[str, Any]):
 
 def test_what_jax_had_already_is_not_written_again(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """On a CPU it could be read and not run."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    try:
-        for starts in range(3):
-            monkeypatch.setattr(executables, "_source", lambda text=str(starts): text)
-            with measured() as report:
-                program = Traced().program()
-            assert program({"x": np.ones(4, np.int32)})["y"].tolist() == [3] * 4
-            assert report.cached == (starts > 0)
-            assert len(list(folder.iterdir())) == 1
-    finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    for starts in range(3):
+        monkeypatch.setattr(executables, "_source", lambda text=str(starts): text)
+        with measured() as report:
+            program = Traced().program()
+        assert program({"x": np.ones(4, np.int32)})["y"].tolist() == [3] * 4
+        assert report.cached == (starts > 0)
+        assert len(list(folder.iterdir())) == 1
 
 
 @pytest.mark.parametrize("what", ["source", "version", "host", "flags", "option"])
