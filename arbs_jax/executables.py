@@ -24,7 +24,7 @@ import arbs_jax
 import arbs_kernels
 from arbs_jax.compilation import FOUND, measured
 from arbs_jax.run.files import write_atomic
-from arbs_kernels.backends import register_calls
+from arbs_kernels.backends import default_device, register_calls
 
 MOST_FILES = 64
 """Kept in a cache; those used longest ago go first."""
@@ -67,7 +67,7 @@ def compiled(name: str, function: Any, *arguments: Any, settings: Any) -> Any:
 
 
 def _key(name: str, arguments: Any, settings: Any) -> str:
-    device = jax.local_devices()[0]
+    device = default_device()
     # As attributes: the values alone leave out what a context manager has set.
     options = {
         key: repr(getattr(jax.config, key, value))
@@ -130,7 +130,7 @@ def _read(path: Path, arguments: Any) -> Any:
             payload,
             jax.tree.structure((arguments, {})),
             jax.tree.structure(results),
-            execution_devices=jax.local_devices()[:1],
+            execution_devices=[default_device()],
         )
         os.utime(path)
     except FileNotFoundError:

@@ -32,12 +32,12 @@ def is_interpreted() -> bool:
 
 def device_kind() -> str:
     """Name of the default device as its maker gives it, such as "NVIDIA H200" or "cpu"."""
-    return _device().device_kind
+    return default_device().device_kind
 
 
 def compute_capability() -> float:
     """Of the default device, such as 9.0; 0.0 where it is no NVIDIA GPU."""
-    device = _device()
+    device = default_device()
     if device.platform != "gpu":
         return 0.0
     try:
@@ -79,7 +79,8 @@ def register_calls() -> None:
             importlib.import_module(module)
 
 
-def _device() -> jax.Device:
+def default_device() -> jax.Device:
+    """Where computations go that name no device."""
     chosen = jax.config.jax_default_device
     if isinstance(chosen, jax.Device):
         return chosen

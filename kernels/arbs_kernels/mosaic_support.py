@@ -3,9 +3,7 @@
 Importing this module needs JAX alone, without a GPU.
 """
 
-import jax
-
-from arbs_kernels.backends import compute_capability, is_interpreted
+from arbs_kernels.backends import compute_capability, default_device, is_interpreted
 from arbs_kernels.selection import UnsupportedError
 
 SHARED_BYTES = 227 * 1024
@@ -30,9 +28,7 @@ def multiprocessors() -> int:
     """Of the default device: blocks of a kernel that keeps each of them busy. Two, where kernels are simulated."""
     if is_interpreted():
         return 2
-    chosen = jax.config.jax_default_device
-    device = chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
-    return device.core_count
+    return default_device().core_count
 
 
 def padded(size: int, multiple: int) -> int:

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from arbs_kernels.backends import default_device
+
 _UNKNOWN_MEMORY = 2**32
 """Bytes taken to be there where the device does not tell its size."""
 _IN_FLIGHT = 3
@@ -41,14 +43,14 @@ class Effort:
 
 def default_effort() -> Effort:
     """For the default device."""
-    if _device().platform == "cpu":
+    if default_device().platform == "cpu":
         return Effort(64 * 2**20, 8 * 2**20, 2, 8, 0.02, 5)
     return Effort(256 * 2**20, 256 * 2**20, 8, 64, 0.02)
 
 
 def memory_budget() -> int:
     """Bytes that inputs and results may take together: half of the device's memory."""
-    stats = _device().memory_stats() or {}
+    stats = default_device().memory_stats() or {}
     return stats.get("bytes_limit", _UNKNOWN_MEMORY) // 2
 
 
@@ -82,7 +84,7 @@ def seconds_per_call(
     """Median device seconds of `function(*arguments)` over the sets, which should come from `rotation`."""
     effort = effort or default_effort()
     # Independent kernels of one program could run side by side in a CUDA graph, whatever order they were scheduled in.
-    options = {} if _device().platform == "cpu" else {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+    options = {} if default_device().platform == "cpu" else {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
     run = jax.jit(lambda sets: in_sequence(function, sets), compiler_options=options)
     jax.block_until_ready(run(sets))  # compiles, loads modules, fills pools
 
@@ -117,8 +119,3 @@ def matrix_rate(dtype: Any, side: int, effort: Effort | None = None) -> float:
     precision = "highest" if jnp.dtype(dtype) == jnp.float32 else None
     sets = [(make(keys[2 * index]), make(keys[2 * index + 1])) for index in range(2)]
     return 2 * side**3 / seconds_per_call(lambda a, b: jnp.dot(a, b, precision=precision), sets, effort)
-
-
-def _device() -> jax.Device:
-    (device,) = jnp.zeros(()).devices()
-    return device
