@@ -86,14 +86,17 @@ def run(args: Smoke) -> None:
     if args.backward:
         held = [state]
         del state  # The step takes its memory over.
+        peaks: list[float | None] = []
 
-        def once() -> Any:
+        def once() -> float:
             held[0], metrics = step(held[0], tokens)
-            return metrics["loss"]
+            loss = float(jax.block_until_ready(metrics)["loss"])
+            peaks.append(_peak())
+            return loss
 
         cold, warm, loss = several(once, args.runs)
         result["step_cold"] += cold
-        result |= {"step_warm": warm, "nats_per_byte": float(loss)}
+        result |= {"step_warm": warm, "nats_per_byte": loss, "peak_megabytes_after_each_step": peaks}
     result["device_peak_megabytes"] = _peak()
     if not math.isfinite(result["nats_per_byte"]):
         raise StateError(f"the loss of a fresh {config.preset} is {result['nats_per_byte']}")
@@ -109,7 +112,7 @@ def _peak() -> float | None:
     return None if peak is None else peak / 1e6
 
 
-def several(function: Callable[[], jax.Array], runs: int) -> tuple[float, float, jax.Array]:
+def several(function: Callable[[], Any], runs: int) -> tuple[float, float, Any]:
     """(seconds of a first call, the median of those of the next, the last result)."""
     results = [_timed(lambda: jax.block_until_ready(function())) for _ in range(runs + 1)]
     return results[0][0], float(np.median([seconds for seconds, _ in results[1:]])), results[-1][1]
@@ -139,3 +142,6 @@ def _rows(result: dict[str, Any], account: Any) -> Any:
         return
     for name, until in (("init", "making the state"), ("forward", "forward"), ("device", "the end")):
         yield f"device peak until {until}", f"{result[f'{name}_peak_megabytes']:,.0f} MB"
+    if "peak_megabytes_after_each_step" in result:
+        first, *_, last = result["peak_megabytes_after_each_step"]
+        yield "device peak, first to last step", f"{first:,.0f} to {last:,.0f} MB"

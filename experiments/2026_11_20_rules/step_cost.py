@@ -7,6 +7,7 @@ step (state and batch, temporaries) with the state updated in place.
 """
 
 import argparse
+import itertools
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,28 +29,27 @@ from arbs_jax.training.program import Program
 BASELINES = {arm.name: arm for arm in (QAT, ADAMW, ADAMW_BF16)}
 
 
-Arm = tuple[str, int, bool]
-"""Name, layers at once (0 for baselines), remat."""
+Arm = tuple[str, int, bool, str]
+"""Name, layers at once (0 for baselines), remat, implementation of the operators ("" for baselines)."""
 
 
-def arms(setting: Setting, rules: list[str], layers: list[int], baselines: list[str]) -> dict[Arm, tuple[Any, Any]]:
+def arms(
+    setting: Setting, rules: list[str], layers: list[int], kernels: list[str], baselines: list[str]
+) -> dict[Arm, tuple[Any, Any]]:
     """(a lowered step `(state, tokens) -> (state, anything)`, a function that makes a fresh state) of each."""
     tokens = jax.ShapeDtypeStruct((1, setting.batch, setting.context + 1), jnp.uint8)
     made: dict[Arm, tuple[Any, Any]] = {}
-    for rule in rules:
-        for together in layers:
-            config = setting.config(rule)
-            program = Program(replace(config, train=replace(config.train, layers_at_once=together)))
-            made[rule, together, setting.remat] = (
-                program.step.lower(program.abstract_state, tokens),
-                program.init_state,
-            )
+    for rule, together, kernel in itertools.product(rules, layers, kernels):
+        config = setting.config(rule)
+        program = Program(replace(config, train=replace(config.train, layers_at_once=together, kernel=kernel)))
+        lowered = program.step.lower(program.abstract_state, tokens)
+        made[rule, together, setting.remat, kernel] = lowered, program.init_state
     program = Program(setting.config("latent10"))
     for name in baselines:
         arm, depth = BASELINES[name], program.config.model.layers
         init = jax.jit(partial(arm.init, program.specs, depth, jnp.uint32(0), jnp.float32(2e-3)))
         step = jax.jit(arm.step(program.model, setting.steps), donate_argnums=0)
-        made[name, 0, setting.remat] = (step.lower(jax.eval_shape(init), tokens), init)
+        made[name, 0, setting.remat, ""] = (step.lower(jax.eval_shape(init), tokens), init)
     return made
 
 
@@ -71,13 +71,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rules", nargs="+", default=["latent10", "latent6", "latent4", "latent18", "integral"])
     parser.add_argument("--baselines", nargs="+", default=["qat"], help="the first is the one compared with")
+    parser.add_argument("--kernels", nargs="+", default=["auto"])
     parser.add_argument("--layers-at-once", nargs="+", type=int, default=[1])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     made: dict[Arm, tuple[Any, Any]] = {}
     for remat in args.remat:
         setting = Setting(args.preset, 1000, args.batch, args.context, dtype=args.dtype, remat=bool(remat))
-        made |= arms(setting, args.rules, args.layers_at_once, args.baselines)
+        made |= arms(setting, args.rules, args.layers_at_once, args.kernels, args.baselines)
     steps = compiled(made)
     states = {arm: init() for arm, (_, init) in made.items()}
     rng = np.random.default_rng(0)
@@ -92,15 +93,16 @@ def main() -> None:
     median = {arm: float(np.median(times)) for arm, times in seconds.items()}
     rows = []
     for arm, step in steps.items():
-        name, together, remat = arm
+        name, together, remat, kernel = arm
         state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states[arm]))
         rows.append(
             {
                 "rule": name,
                 "layers_at_once": together,
+                "kernel": kernel,
                 "seconds": median[arm],
                 "baseline": args.baselines[0],
-                "ratio": median[arm] / median[args.baselines[0], 0, remat],
+                "ratio": median[arm] / median[args.baselines[0], 0, remat, ""],
                 "bytes_per_second": args.batch * args.context / median[arm],
                 "state_bytes": state,
                 "temporary_bytes": step.memory_analysis().temp_size_in_bytes,
@@ -113,6 +115,7 @@ def main() -> None:
     for name in (
         "rule",
         "layers at once",
+        "kernel",
         "remat",
         "ms/step",
         f"against {args.baselines[0]}",
@@ -126,6 +129,7 @@ def main() -> None:
         table.add_row(
             row["rule"],
             str(row["layers_at_once"] or ""),
+            row["kernel"],
             str(row["remat"]),
             f"{row['seconds'] * 1e3:.2f}",
             f"{row['ratio']:.2f}x",

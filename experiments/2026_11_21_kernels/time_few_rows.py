@@ -25,7 +25,6 @@ from arbs_kernels.codec import packed_width
 from arbs_kernels.packed_matmul import triton
 
 G = 32
-CALLS = 10
 Tile = triton.Tile
 TILES = {
     (1, 10240): [Tile(1, 1, 4), Tile(1, 1, 4, chunk=2), Tile(1, 1, 2, words=8), Tile(1, 1, 2, words=8, ahead=2)],
@@ -92,20 +91,22 @@ def checked(M: int, N: int, K: int, group_size: int, tile: triton.Tile | None) -
     return f"{'ok' if np.max(error) < 2**-7 else 'WRONG'}, largest error {np.max(error):.1e}"
 
 
-def seconds(function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, ...]]) -> tuple[float, float]:
-    """Of one call, several on rotating inputs in one program, one after another: by the clock, a median, and of its
+def seconds(
+    function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, ...]], calls: int = 20
+) -> tuple[float, float]:
+    """Of one call, `calls` of them on rotating inputs in one program, one after another: by the clock, a median, and of its
     kernels alone, by a profile; without a launch, which may cost more than the kernel."""
 
     def program(sets: Sequence[tuple[jax.Array, ...]]) -> list[jax.Array]:
         results: list[jax.Array] = []
-        for call in range(CALLS):
+        for call in range(calls):
             given = sets[call % len(sets)]
             if results:
                 given, results[-1] = jax.lax.optimization_barrier((given, results[-1]))
             results.append(function(*given))
         return results
 
-    run = jax.jit(program)
+    run = jax.jit(program, compiler_options={"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"})
     jax.block_until_ready(run(sets))
     took = []
     for _ in range(5):
@@ -113,7 +114,7 @@ def seconds(function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, 
         for _ in range(8):
             result = run(sets)
         jax.block_until_ready(result)
-        took.append((time.perf_counter() - start) / (8 * CALLS))
+        took.append((time.perf_counter() - start) / (8 * calls))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run(sets))
@@ -121,7 +122,7 @@ def seconds(function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, 
         planes = [plane for plane in jax.profiler.ProfileData.from_file(str(file)).planes if "GPU" in plane.name]
         streams = [one for plane in planes for one in plane.lines if "Stream" in one.name]
         busy = sum(event.duration_ns for stream in streams for event in stream.events)
-    return statistics.median(took), busy / CALLS / 1e9
+    return statistics.median(took), busy / calls / 1e9
 
 
 def timed(

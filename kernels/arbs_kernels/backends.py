@@ -1,7 +1,7 @@
 """What this machine can run: the device that computations go to by default, and what each backend needs of it.
 
 "mosaic_gpu" kernels are Pallas kernels with Hopper's own instructions, which later GPUs lack; inside `interpreted()`
-they run anywhere, slowly, for tests. "triton" kernels go through jax-triton, for NVIDIA Ampere and later.
+they run anywhere, slowly, for tests. "triton" kernels are for NVIDIA Ampere and later.
 """
 
 import contextlib
@@ -61,8 +61,8 @@ def triton_missing() -> str | None:
     """What this machine lacks for Triton kernels, or None."""
     if compute_capability() < 8.0:
         return f"an NVIDIA GPU of compute capability 8.0 or later (Ampere), and this is {_described()}"
-    if importlib.util.find_spec("jax_triton") is None:
-        return "jax-triton, which is not installed (pip install 'arbs-jax[triton]')"
+    if importlib.util.find_spec("triton") is None:
+        return "triton, which is not installed (pip install 'arbs-jax[triton]')"
     return None
 
 
@@ -71,12 +71,8 @@ def register_calls() -> None:
 
     Importing a backend registers its handlers, and a program that is read back, not traced, imports none.
     """
-    for missing, module in (
-        (triton_missing, "jax_triton"),
-        (mosaic_gpu_missing, "jax.experimental.pallas.mosaic_gpu"),
-    ):
-        if missing() is None:
-            importlib.import_module(module)
+    if mosaic_gpu_missing() is None:
+        importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
 
 def default_device() -> jax.Device:
