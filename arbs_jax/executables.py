@@ -30,7 +30,7 @@ MOST_FILES = 64
 """Kept in a cache; those used longest ago go first."""
 
 _FOLDER = "arbs_executables"
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jax-triton", "triton")
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "triton")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _WHERE_FROM = ("jax_compilation_cache_dir", "jax_persistent_cache")
 """Options that say where programs lie, not what they are."""

@@ -103,7 +103,7 @@ def test_a_kernel_by_name_is_one_that_every_operator_of_a_step_has():
     [
         (0.0, True, r"an NVIDIA GPU of compute capability 8\.0 or later \(Ampere\), and this is 'cpu'"),
         (7.5, True, r"an NVIDIA GPU of compute capability 8\.0 or later \(Ampere\), and this is 'cpu' of 7\.5"),
-        (8.6, False, r"jax-triton, which is not installed \(pip install 'arbs-jax\[triton\]'\)"),
+        (8.6, False, r"triton, which is not installed \(pip install 'arbs-jax\[triton\]'\)"),
         (8.6, True, None),
     ],
 )

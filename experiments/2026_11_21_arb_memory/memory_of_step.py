@@ -6,7 +6,7 @@ Batch 1, context 64, bfloat16, recomputed backward, the state donated; nothing i
 of state, and what XLA plans to hold. With `--dump` XLA also writes what lives at the peak (`*live-range.txt`) and which
 buffers share memory (`*memory-usage-report.txt`), minutes before it is done with the kernels. On a machine without a
 GPU the packed operators are those in plain XLA, which decode one whole matrix at a time; with `--as-h200` they are the
-kernels that an H200 takes (jax-triton must be installed).
+kernels that an H200 takes (triton must be installed).
 """
 
 import argparse
@@ -38,8 +38,6 @@ H200 = {"compute_capability": 9.0, "device_kind": "NVIDIA H200", "multiprocessor
 
 def as_h200() -> None:
     """Answers for an H200 whoever asks for the device, but those who would take cuDNN: it does not compile without."""
-    from jax_triton import triton_lib
-
     for module in pkgutil.walk_packages(arbs_kernels.__path__, "arbs_kernels."):
         importlib.import_module(module.name)
     for name, module in list(sys.modules.items()):
@@ -47,7 +45,6 @@ def as_h200() -> None:
         for question, answer in H200.items():
             if asks and hasattr(module, question):
                 setattr(module, question, lambda answer=answer: answer)
-    triton_lib.triton_kernel_call_lib.get_compute_capability = lambda _: 90
     jax.default_backend = lambda: "gpu"
 
 

@@ -86,7 +86,8 @@ def checked(M: int, N: int, K: int, group_size: int, tile: triton.Tile | None) -
     digits = (fraction.astype(np.int64) * 3 >> 8).reshape(N, -1)[:, :K] - 1
     w = digits * np.repeat(scale.astype(ml_dtypes.bfloat16).astype(np.float64), group_size, axis=1)[:, :K]
     exact = x.astype(np.float64)
-    got = jax.jit(partial(triton.fused, group_size=group_size, tile=tile))(x, trits, scale)
+    run = jax.jit(partial(triton.fused_by_columns, group_size=group_size, tile=tile))
+    got = run(x, trits, triton.columns_of(jnp.asarray(scale)))
     error = np.abs(np.asarray(got).astype(np.float64) - exact @ w.T) / (np.abs(exact) @ np.abs(w).T + 1e-30)
     return f"{'ok' if np.max(error) < 2**-7 else 'WRONG'}, largest error {np.max(error):.1e}"
 
@@ -94,8 +95,8 @@ def checked(M: int, N: int, K: int, group_size: int, tile: triton.Tile | None) -
 def seconds(
     function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, ...]], calls: int = 20
 ) -> tuple[float, float]:
-    """Of one call, `calls` of them on rotating inputs in one program, one after another: by the clock, a median, and of its
-    kernels alone, by a profile; without a launch, which may cost more than the kernel."""
+    """Of one call, `calls` of them on rotating inputs in one program, one after another: by the clock, a median, and of
+    its kernels alone, by a profile; without a launch, which may cost more than the kernel."""
 
     def program(sets: Sequence[tuple[jax.Array, ...]]) -> list[jax.Array]:
         results: list[jax.Array] = []
@@ -142,6 +143,11 @@ def timed(
     return took[0] if took else None
 
 
+def prepared(trits: np.ndarray, scale: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """A matrix on the device, its scales as the kernel reads them."""
+    return jnp.asarray(trits), triton.columns_of(jnp.asarray(scale))
+
+
 def parts(N: int, M: int, tile: triton.Tile, matrices: Sequence[tuple[jax.Array, jax.Array]]) -> None:
     """What a call with fragments consists of: x in their order, the kernel on it, the sum of the splits."""
     cut = triton.cut_of(N, packed_width(N), G, tile)
@@ -149,8 +155,8 @@ def parts(N: int, M: int, tile: triton.Tile, matrices: Sequence[tuple[jax.Array,
     timed(f"{N}: M={M} x in the order of fragments", lambda x: triton.fragments(x, packed_width(N), cut), [(x,)])
     ready = jax.jit(lambda x: triton.fragments(x, packed_width(N), cut))(x)
 
-    def kernel(ready: jax.Array, trits: jax.Array, scale: jax.Array) -> jax.Array:
-        return triton.partial_products(ready, trits, scale, shape=(M, N), group_size=G, cut=cut, direct_x=False)
+    def kernel(ready: jax.Array, trits: jax.Array, columns: jax.Array) -> jax.Array:
+        return triton.partial_products(ready, trits, columns, shape=(M, N), group_size=G, cut=cut, direct_x=False)
 
     timed(f"{N}: M={M} the kernel alone", kernel, [(ready, *both) for both in matrices])
     if cut.splits > 1:
@@ -168,10 +174,10 @@ def main() -> None:
     print(jax.devices()[0].device_kind, jax.__version__, flush=True)
     for case in [] if flags.no_checks else CHECKED:
         line(f"check {case[0]}x{case[1]}x{case[2]} G={case[3]}", partial(checked, *case))
-    tiny = [(normal(1, 1, 80), *matrix(1, 16, 80))]
-    timed("a product of nothing much: what a launch costs", partial(triton.fused, group_size=G), jax.device_put(tiny))
+    tiny = [(jnp.asarray(normal(1, 1, 80)), *prepared(*matrix(1, 16, 80)))]
+    timed("a product of nothing much: what a launch costs", partial(triton.fused_by_columns, group_size=G), tiny)
     for N in flags.sizes:
-        matrices = jax.device_put([matrix(seed, N, N) for seed in range(4)])
+        matrices = [prepared(*matrix(seed, N, N)) for seed in range(4)]
         weights = [jax.random.normal(jax.random.key(seed), (N, N), jnp.bfloat16) for seed in range(2)]
         for M in flags.rows:
             x = jax.device_put(normal(M, M, N))
@@ -181,7 +187,7 @@ def main() -> None:
                 cut = ", ".join(
                     f"{name}={value}" for name, value in vars(tile).items() if value != getattr(Tile, name, 0)
                 )
-                run = partial(triton.fused, group_size=G, tile=tile)
+                run = partial(triton.fused_by_columns, group_size=G, tile=tile)
                 timed(f"{N}: M={M} {cut}", run, [(x, *both) for both in matrices], dense)
             if M > 1 and flags.sizes[0] == N:
                 parts(N, M, tiles[0], matrices)

@@ -98,7 +98,7 @@ def launch(
     return jax.tree.unflatten(jax.tree.structure(out), found[: len(results)])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiled(
     kernel: Any,
     pointers: tuple[str, ...],

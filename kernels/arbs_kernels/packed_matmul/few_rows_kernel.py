@@ -14,7 +14,8 @@ runs at twice the rate of masks and integer products. With `I_i` the integer par
 The order of the products' inner axis is free, as long as both operands agree. In fragment `m16n8k16` a thread holds
 rows `lane / 4` and 8 more of W, columns `lane / 4` of `x^T`, and four positions of the inner axis: it takes a run of 16
 or 32 bytes of a row in one go, four for each fragment, five planes each. So a thread needs one scale for a run, or two
-and a choice where a group may end within it. Groups shorter than a run take a scale, or two, for every four.
+and a choice where a group may end within it. Groups shorter than a run take a scale, or two, for every four. Scales
+lie with the rows of one group side by side, so that a warp's eight rows find theirs in one piece of the cache.
 
 Rows of P bytes begin at any address; those `CLASSES` apart begin at the same remainder modulo 4, their phase. A program
 takes rows of one class, reads from the aligned word before their beginning, and puts five zeros for every code that
@@ -34,11 +35,12 @@ from arbs_kernels.packed_matmul.few_rows_ptx import (
     fence,
     five_planes,
     loaded,
+    one_scale,
     only_own,
-    pairs_of,
     product,
     scaled,
     shifted,
+    two_scales,
 )
 
 
@@ -60,24 +62,27 @@ def scales_at(
     place,
     FIRST: tl.constexpr,
     wanted,
+    N: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
     EXACT: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Bits of the scales of each row from column `place + FIRST` on, and of the group after, where `wanted < FAR`.
-
-    WHOLE says that the row has such columns.
-    """
+    """A pair for each row where `wanted < FAR`: the scale of column `place + FIRST` twice if EXACT, else that scale and
+    that of the group after. `row_at` are addresses in the first group; WHOLE says that the row has such columns."""
+    if WHOLE & EXACT & (FIRST % G == 0):
+        group = place // G + FIRST // G
+    else:
+        group = tl.minimum(tl.maximum(place + FIRST, 0) // G, R - 1)
+    offset = group.to(tl.int64) * (2 * N)
     scales = ()
-    for row in tl.static_range(len(row_at)):
-        for after in tl.static_range(1 if EXACT else 2):
-            if WHOLE & EXACT & (FIRST % G == 0):
-                at = row_at[row] + 4 * (place // G).to(tl.int64) + FIRST // G * 4
-            else:
-                group = tl.minimum(tl.maximum(place + FIRST, 0) // G + after, R - 1)
-                at = row_at[row] + 4 * group.to(tl.int64)
-            scales = scales + loaded(at, wanted, FAR, 0, 1, False)
+    if EXACT:
+        for row in tl.static_range(len(row_at)):
+            scales = scales + (one_scale(row_at[row] + offset, wanted, FAR),)
+    else:
+        after = tl.minimum(group + 1, R - 1).to(tl.int64) * (2 * N)
+        for row in tl.static_range(len(row_at)):
+            scales = scales + (two_scales(row_at[row] + offset, row_at[row] + after, wanted, FAR),)
     return scales
 
 
@@ -150,6 +155,7 @@ def asked(
     byte,
     alive,
     phase,
+    N: tl.constexpr,
     K: tl.constexpr,
     P: tl.constexpr,
     R: tl.constexpr,
@@ -165,7 +171,7 @@ def asked(
     given = codes_at(codes_of, byte, place, phase + P, WORDS, WIDTH, WHOLE)
     if UNIT > 4:
         for plane in tl.static_range(5):
-            given = given + scales_at(scales_of, byte - phase, plane * P, place, R, G, EXACT, WHOLE & (K == 5 * P))
+            given = given + scales_at(scales_of, byte - phase, plane * P, place, N, R, G, EXACT, WHOLE & (K == 5 * P))
     return given
 
 
@@ -196,7 +202,7 @@ def few_rows(
 ):
     """Part of `y` (splits, M, N) of one block of rows and some tiles of bytes.
 
-    x: bfloat16 (M, K) if DIRECT_X, else what `fragments` makes; scale: float32 (N, R). A warp takes STEPS tiles;
+    x: bfloat16 (M, K) if DIRECT_X, else what `fragments` makes; scale: bfloat16 (R, N). A warp takes STEPS tiles;
     WHOLE says that all are full.
     """
     BLOCKS_OF_8: tl.constexpr = (M + 7) // 8
@@ -206,8 +212,7 @@ def few_rows(
     EXACT: tl.constexpr = (P % UNIT == 0) & (G % UNIT == 0)
     EXACT_WORDS: tl.constexpr = (P % 4 == 0) & (G % 4 == 0)
     CODES: tl.constexpr = ROWS * WORDS
-    SCALES: tl.constexpr = ROWS * (1 if EXACT else 2)
-    ASKED: tl.constexpr = CODES + (5 * SCALES if UNIT > 4 else 0)
+    ASKED: tl.constexpr = CODES + (5 * ROWS if UNIT > 4 else 0)
     FURTHER: tl.constexpr = 8 * CLASSES if N % (16 * ROW_TILES * ROW_WARPS * CLASSES) == 0 else 0
     LAST: tl.constexpr = 16 * WORDS * TILES - RUN
     CHAINS: tl.constexpr = 2 if ROW_TILES * BLOCKS_OF_8 == 1 else 1
@@ -226,8 +231,8 @@ def few_rows(
             inner = tl.minimum(local + 8 * each, (N - 1 - member) // CLASSES)
         row_of = trits_ptr.to(tl.int64) + (member * P // 4 * 4 + inner * (CLASSES * P))
         codes_of = codes_of + (row_of + each * FURTHER * P,)
-        row_of = scale_ptr.to(tl.int64) + 4 * ((member + CLASSES * inner) * R).to(tl.int64)
-        scales_of = scales_of + (row_of + each * FURTHER * R * 4,)
+        row_of = scale_ptr.to(tl.int64) + 2 * (member + CLASSES * inner).to(tl.int64)
+        scales_of = scales_of + (row_of + each * FURTHER * 2,)
     x_of = ()
     for eight in tl.static_range(BLOCKS_OF_8):
         if DIRECT_X:
@@ -243,18 +248,18 @@ def few_rows(
     queue = ()
     for step in tl.static_range(AHEAD):
         byte = first + step * STRIDE
-        queue = queue + asked(codes_of, scales_of, byte, True, phase, K, P, R, G, WHOLE, WORDS, UNIT, EXACT)
+        queue = queue + asked(codes_of, scales_of, byte, True, phase, N, K, P, R, G, WHOLE, WORDS, UNIT, EXACT)
     for step in range(STEPS):
         byte = first + (step + AHEAD) * STRIDE
         alive = step + AHEAD < STEPS
-        queue = queue + asked(codes_of, scales_of, byte, alive, phase, K, P, R, G, WHOLE, WORDS, UNIT, EXACT)
+        queue = queue + asked(codes_of, scales_of, byte, alive, phase, N, K, P, R, G, WHOLE, WORDS, UNIT, EXACT)
         fence(lane)
         byte = first + step * STRIDE
         tile = byte // (16 * WORDS)
         words = queue[:CODES]
         if DIRECT_X & (P % 4 != 0):
             words = only_own(words, byte, phase, phase + P, ROWS)
-        scales = pairs_of(queue[CODES:ASKED], EXACT)
+        scales = queue[CODES:ASKED]
         for chunk in tl.static_range(0, WORDS, CHUNK):
             if P % 4 != 0:
                 fence(lane)
@@ -282,9 +287,7 @@ def few_rows(
                     else:
                         column = plane * P + byte - phase + 4 * word
                         place = 0
-                        own = pairs_of(
-                            scales_at(scales_of, byte - phase, plane * P + 4 * word, 0, R, G, EXACT, False), EXACT
-                        )
+                        own = scales_at(scales_of, byte - phase, plane * P + 4 * word, 0, N, R, G, EXACT, False)
                     left = (tl.maximum(column, 0) // G + 1) * G - column - place
                     if EXACT_WORDS and not EXACT:
                         own = chosen(own, tl.where(left > 0, 0x1010, 0x3232))

@@ -57,7 +57,14 @@ _SCALED = tl.constexpr("{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, 
 _BITS_FROM = tl.constexpr("{ .reg .b32 n; max.s32 n, $1, 0; mov.b32 $0, 0xFFFFFFFF; shl.b32 $0, $0, n; }")
 # Bytes of codes where the mask has them, elsewhere of five zeros.
 _OWN = tl.constexpr("lop3.b32 $0, $1, $2, 0x80808080, 0xCA;")
-_PAIR = tl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
+# Two halves of a register from one address, or from two, where a place is before a limit; else zeros.
+_ONE_SCALE = tl.constexpr(
+    "{ .reg .pred p; .reg .b16 h; setp.lt.s32 p, $2, $3; mov.b16 h, 0; @p ld.global.b16 h, [$1]; mov.b32 $0, {h, h}; }"
+)
+_TWO_SCALES = tl.constexpr(
+    "{ .reg .pred p; .reg .b16 h, k; setp.lt.s32 p, $3, $4; mov.b16 h, 0; mov.b16 k, 0;"
+    " @p ld.global.b16 h, [$1]; @p ld.global.b16 k, [$2]; mov.b32 $0, {h, k}; }"
+)
 # Which of two halves two neighbours take: both the lower up to 0, one each at 8, both the upper from 16 on.
 _CHOICE = tl.constexpr(
     "{ .reg .b32 n, a, b; max.s32 n, $1, 0; mov.b32 a, 0x32321010; mov.b32 b, 0x32323232;"
@@ -179,16 +186,17 @@ def only_own(words, byte, begin, end, ROWS: tl.constexpr):
 
 
 @triton.jit
-def pairs_of(scales, EXACT: tl.constexpr):
-    """A uint32 for each row: its scale twice in bfloat16 if EXACT, else that of the group after in the upper half."""
-    pairs = ()
-    COUNT: tl.constexpr = 1 if EXACT else 2
-    for row in tl.static_range(len(scales) // COUNT):
-        low = scales[COUNT * row].to(tl.float32, bitcast=True)
-        high = scales[COUNT * row + COUNT - 1].to(tl.float32, bitcast=True)
-        pair = tl.inline_asm_elementwise(_PAIR, "=r,r,r", [low, high], tl.uint32, is_pure=True, pack=1)
-        pairs = pairs + (pair,)
-    return pairs
+def one_scale(address, place, limit):
+    """A uint32: a bfloat16 scale twice, from an int64 address where `place < limit`, elsewhere zeros."""
+    return tl.inline_asm_elementwise(_ONE_SCALE, "=r,l,r,r", [address, place, limit], tl.uint32, is_pure=False, pack=1)
+
+
+@triton.jit
+def two_scales(address, after, place, limit):
+    """A uint32: two bfloat16 scales, that at `after` in the upper half, where `place < limit`, elsewhere zeros."""
+    return tl.inline_asm_elementwise(
+        _TWO_SCALES, "=r,l,l,r,r", [address, after, place, limit], tl.uint32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

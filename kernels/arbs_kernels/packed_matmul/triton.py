@@ -50,10 +50,10 @@ def tile_of(M: int, N: int, P: int) -> Tile:
     sixteens = triton.cdiv(N, 16 * _SMS)
     if M <= 8:
         # All programs at once, 16 to 20 warps for each multiprocessor.
-        return Tile(1, 1, 16 if sixteens == 1 else 8 if sixteens == 2 else 4, direct_x=M <= 4)
+        depth_warps = 16 if sixteens == 1 else 8 if sixteens == 2 else 4
+        return Tile(1, 1, depth_warps, words=8 if sixteens == 2 else 4, direct_x=M <= 4)
     if M <= 16:
-        few = sixteens <= 2
-        return Tile(1, 1, 8, words=8, direct_x=False) if few else Tile(1, 2, 4, direct_x=False)
+        return Tile(1, 1, 8, words=8, direct_x=False) if sixteens <= 2 else Tile(1, 1, 4, direct_x=False)
     # Rows that begin anywhere take more registers: two scales for each run.
     row_tiles = 2 if P % 16 == 0 else 1
     return Tile(row_tiles, 8, 1, splits=max(1, _SMS // triton.cdiv(N, 128 * row_tiles)), direct_x=False)
@@ -109,20 +109,21 @@ def cut_of(N: int, P: int, group_size: int, tile: Tile) -> Cut:
 def partial_products(
     x: jax.Array,
     trits: jax.Array,
-    scale: jax.Array,
+    columns: jax.Array,
     *,
     shape: tuple[int, int],
     group_size: int,
     cut: Cut,
     direct_x: bool,
 ) -> jax.Array:
-    """`(splits, M, N)`, float32, or bfloat16 where there is one split; `x` of `shape`, as `few_rows` takes it."""
+    """`(splits, M, N)`, float32, or bfloat16 where there is one split; `x` of `shape` and the columns of scales as
+    `few_rows` takes them."""
     (M, K), (N, P) = shape, trits.shape
     return launch(
         few_rows,
         x,
         trits,
-        scale,
+        columns,
         out=jax.ShapeDtypeStruct((cut.splits, M, N), x.dtype if cut.splits == 1 else jnp.float32),
         grid=(cut.classes * cut.blocks, cut.splits),
         num_warps=cut.tile.row_warps * cut.tile.depth_warps,
@@ -130,7 +131,7 @@ def partial_products(
         N=N,
         K=K,
         P=P,
-        R=scale.shape[1],
+        R=columns.shape[0],
         G=group_size,
         M=M,
         CLASSES=cut.classes,
@@ -158,13 +159,25 @@ def is_direct(M: int, K: int, P: int) -> bool:
     return K % 2 == 0 if M <= 4 else K % 8 == 0 and P % 8 == 0
 
 
-def fused(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int, tile: Tile | None = None) -> jax.Array:
+def columns_of(scale: jax.Array) -> jax.Array:
+    """Scales `(N, R)` as the fused kernel reads them, bfloat16 `(R, N)`: the compiler joins it with what makes them."""
+    return scale.astype(jnp.bfloat16).T
+
+
+def fused(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) -> jax.Array:
     """`y = x W^T` for few rows of bfloat16."""
+    return fused_by_columns(x, trits, columns_of(scale), group_size=group_size)
+
+
+def fused_by_columns(
+    x: jax.Array, trits: jax.Array, columns: jax.Array, *, group_size: int, tile: Tile | None = None
+) -> jax.Array:
+    """`fused` with scales that are prepared."""
     (M, K), (N, P) = x.shape, trits.shape
     cut = cut_of(N, P, group_size, tile or tile_of(M, N, P))
     direct_x = cut.tile.direct_x and is_direct(M, K, P)
     given = x if direct_x else fragments(x, P, cut)
-    parts = partial_products(given, trits, scale, shape=(M, K), group_size=group_size, cut=cut, direct_x=direct_x)
+    parts = partial_products(given, trits, columns, shape=(M, K), group_size=group_size, cut=cut, direct_x=direct_x)
     return parts[0] if cut.splits == 1 else sum_of_splits(parts)
 
 

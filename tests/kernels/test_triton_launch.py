@@ -1,0 +1,70 @@
+"""Triton kernels compile for the GPUs that they are meant for, on a machine that has none."""
+
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from arbs_kernels import triton_launch
+from arbs_kernels.benchmarks import BENCHMARKS, make
+from arbs_kernels.cases import Case
+from arbs_kernels.triton_launch import Compiled
+
+pytest.importorskip("triton")
+
+SHARED_KIB = {8.0: 163, 8.6: 99, 9.0: 227}
+"""Shared memory that a program may have, by compute capability; that of Ada, 8.9, is as that of 8.6."""
+WORK = {
+    "packed_decode": (Case(1, 64, 1280, 32, "chunks"), Case(1, 33, 70, 32, "elements")),
+    "packed_matmul": (Case(1, 640, 1280, 32, "one row"), Case(40, 130, 1003, 32, "rows that begin anywhere")),
+    "packed_matmul_input_gradient": (Case(128, 64, 1280, 32, "through the weight"),),
+    "correlation_score": (Case(512, 256, 1280, 32, "large tiles"),),
+    "packed_row_gather": (Case(9, 40, 96, 12, "rows"),),
+    "grouped_matmul": (
+        Case(32, 64, 160, 32, "few rows an expert", experts=16),
+        Case(512, 128, 512, 32, "many", experts=4),
+    ),
+    "grouped_matmul_input_gradient": (Case(512, 128, 512, 32, "many", experts=4),),
+    "grouped_score": (Case(512, 128, 512, 32, "many", experts=4),),
+    "latent_step": (Case(1, 33, 300, 32, "five planes"),),
+}
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
+    """What is launched, as it is compiled."""
+    found: list[Compiled] = []
+    compiled = triton_launch.compiled
+
+    def kept(*arguments: object) -> Compiled:
+        found.append(compiled(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(triton_launch, "compiled", kept)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_KIB)
+@pytest.mark.parametrize(
+    ("operator", "case"), [(name, case) for name, cases in WORK.items() for case in cases], ids=str
+)
+def test_compiles_for(
+    operator: str, case: Case, capability: float, made: list[Compiled], monkeypatch: pytest.MonkeyPatch
+):
+    for name, module in list(sys.modules.items()):
+        if name.startswith("arbs_kernels") and hasattr(module, "compute_capability"):
+            monkeypatch.setattr(module, "compute_capability", lambda: capability)
+    benchmark, dtype = BENCHMARKS[operator], jnp.dtype(jnp.bfloat16)
+    inputs = jax.eval_shape(lambda: make(benchmark.inputs, case, dtype, 0))
+    expected = jax.eval_shape(benchmark.call(case, dtype, "xla"), *inputs)
+    assert jax.eval_shape(benchmark.call(case, dtype, "triton"), *inputs) == expected
+    assert made
+    for kernel in made:
+        assert re.search(rf"\.target sm_{round(10 * capability)}a?\b", kernel.ptx)
+        assert kernel.shared_bytes <= SHARED_KIB[capability] * 1024
+        # A small amount is the kernel's own; what is asked for at the launch is more than that.
+        assert kernel.shared_bytes == 0 or kernel.shared_bytes > 48 * 1024
+        assert (".extern .shared" in kernel.ptx) == (kernel.shared_bytes > 0)
