@@ -1,16 +1,15 @@
 """Puts this folder on the import path, for `support` and `fresh`, and says how thoroughly tests compile."""
 
-from collections.abc import Iterator
-
 import jax
 import pytest
 
+_QUICKLY = "jax_disable_most_optimizations"
+_ASKED_FOR = jax.config.values[_QUICKLY]
 
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Compiles what a module's tests run without LLVM's optimisations, which take longer than the programs run."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.values[name]
-    jax.config.update(name, True)
-    yield
-    jax.config.update(name, before)
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Compiles without LLVM's optimisations, which take longer than what most tests run; slow tests, and those of the
+    command line (half of whose programs run in processes of their own), with them."""
+    thoroughly = item.get_closest_marker("slow") is not None or item.path.parent.name == "cli"
+    jax.config.update(_QUICKLY, _ASKED_FOR or not thoroughly)

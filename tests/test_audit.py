@@ -14,8 +14,6 @@ from arbs_jax.rules import RuleConfig, default_group_size
 from arbs_jax.rules.registry import LATENT_RULES
 from arbs_jax.training.program import Program
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def matrices(model: ModelConfig) -> dict[str, list[tuple[int, int]]]:
     """Shapes by part, from the architecture's description."""

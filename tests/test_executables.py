@@ -173,8 +173,7 @@ def test_without_a_cache_nothing_is_kept(folder: Path):
     assert not folder.exists()
 
 
-def test_a_step_that_was_read_back_takes_the_same_step(folder: Path, quick_compilation: None):
-    del quick_compilation
+def test_a_step_that_was_read_back_takes_the_same_step(folder: Path):
     model = ModelConfig(width=32, layers=1, heads=2, kv_heads=1, head_dim=16, hidden=32, context=8)
     config = RunConfig(
         model=model, group_size=32, rule=RuleConfig("bigint"), train=TrainConfig(steps=3, batch=2, context=8)

@@ -34,7 +34,6 @@ from arbs_jax.state import validate_matrix
 from arbs_kernels.codec import padding_is_zero, valid_codes
 from arbs_kernels.latents import half_range, zero_half_range
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SILENT = Schedule(steps=1, warmup=0, final=0.0)
 """Multiplier 0 from step 1 on."""

@@ -22,7 +22,6 @@ from arbs_jax.rules import RuleConfig, Schedule, default_group_size, make_rule
 from arbs_jax.training.layerwise import Sweep
 
 # Buffers are assigned before LLVM sees the program: memory is, to the byte, that of a thorough compilation.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEP = jnp.int32(3)
 KEY = jax.random.key(0)
