@@ -24,7 +24,6 @@ from arbs_jax.rules import RULES, RuleConfig, make_rule
 from arbs_jax.state import MatrixSpec, validate_tree
 from arbs_jax.votes import decode_tree
 
-
 ROWS, WIDTH, LOOKUPS = 40, 12, 10
 RNG = np.random.default_rng(0)
 IDS = jnp.asarray(RNG.integers(0, ROWS // 2, (2, LOOKUPS)), jnp.int32)

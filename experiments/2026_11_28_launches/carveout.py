@@ -2,8 +2,8 @@
 
     python experiments/2026_11_28_launches/carveout.py
 
-Needs CuPy and nvcc's ptxas on a Hopper GPU: the kernel is launched without XLA, from PTX (which the driver compiles) and
-from machine code, at several preferences. Microseconds a launch, the median of five times forty on four rotating
+Needs CuPy and nvcc's ptxas on a Hopper GPU: the kernel is launched without XLA, from PTX (which the driver compiles)
+and from machine code, at several preferences. Microseconds a launch, the median of five times forty on four rotating
 matrices of 10240 x 10240, G = 32.
 """
 

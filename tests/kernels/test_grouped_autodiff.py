@@ -11,7 +11,6 @@ from arbs_kernels.autodiff import MatmulSpec, make_probe, ternary_matmul
 from arbs_kernels.codec import pack_rows
 from arbs_kernels.grouped_autodiff import ternary_grouped_matmul
 
-
 X, N, K, G, M = 3, 5, 12, 4, 9
 SIZES = jnp.asarray([4, 0, 3], jnp.int32)
 SPANS = ((0, 4), (4, 4), (4, 7))

@@ -12,7 +12,6 @@ from arbs_kernels.autodiff import MatmulSpec, ternary_gather
 from arbs_kernels.codec import pack_rows
 from arbs_kernels.table_autodiff import make_rows_probe, ternary_rows
 
-
 N, K, G = 50, 13, 4
 
 

@@ -16,7 +16,6 @@ from arbs_jax.models.byte_lm import Block, rotate, rotation
 from arbs_jax.state import flatten_specs, iter_matrices, validate_tree
 from arbs_jax.votes import decode_tree
 
-
 CONFIG = ModelConfig(width=16, layers=2, heads=4, kv_heads=2, head_dim=4, hidden=20, context=16)
 TERNARY = TernaryConfig(rule=Integral(), group_size=8)
 LENGTH = 9

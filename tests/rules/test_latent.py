@@ -34,7 +34,6 @@ from arbs_jax.state import validate_matrix
 from arbs_kernels.codec import padding_is_zero, valid_codes
 from arbs_kernels.latents import half_range, zero_half_range
 
-
 SILENT = Schedule(steps=1, warmup=0, final=0.0)
 """Multiplier 0 from step 1 on."""
 FAST = {name: replace(rule, learning_rate=1.0) for name, rule in RULES.items()}

@@ -28,7 +28,6 @@ from support import assert_trees_equal, int64
 from arbs_jax import Integral
 from arbs_jax.rules import Schedule
 
-
 CANARY = 2**40
 
 

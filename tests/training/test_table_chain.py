@@ -21,7 +21,6 @@ from arbs_jax.state import validate_tree
 from arbs_jax.training.layerwise import Sweep
 from arbs_jax.training.step import TrainState, fresh_state, jit_step, make_step
 
-
 STEP = jnp.int32(3)
 KEY = jax.random.key(0)
 CANARY = 2**40
