@@ -9,7 +9,5 @@ _ASKED_FOR = jax.config.values[_QUICKLY]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Compiles without LLVM's optimisations, which take longer than what most tests run; slow tests, and those of the
-    command line (half of whose programs run in processes of their own), with them."""
-    thoroughly = item.get_closest_marker("slow") is not None or item.path.parent.name == "cli"
-    jax.config.update(_QUICKLY, _ASKED_FOR or not thoroughly)
+    """Compiles without LLVM's optimisations, which take longer than what a test runs, unless it is marked `thorough`."""
+    jax.config.update(_QUICKLY, _ASKED_FOR or item.get_closest_marker("thorough") is None)

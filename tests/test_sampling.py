@@ -193,6 +193,7 @@ def test_text_for_a_terminal():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_cache_is_ten_times_as_fast_as_recomputing_512_bytes(capsys: pytest.CaptureFixture[str]):
     program = Program(RunConfig(preset="byte-25m", model=preset("byte-25m")))
     variables = inference_variables(program, program.init_state())

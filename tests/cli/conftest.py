@@ -9,9 +9,11 @@ from commands import STEPS, Reference, call, flags
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker takes all of these tests, so that what they share, programs and runs, is made once."""
+    """These tests compile as users do, for half of their programs run in processes of their own; one worker takes them
+    all, so that what they share, programs and runs, is made once."""
     for item in items:
         if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.thorough)
             item.add_marker(pytest.mark.xdist_group("cli"))
 
 
