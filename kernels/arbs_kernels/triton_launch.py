@@ -28,6 +28,8 @@ _TARGET = "__gpu$xla.gpu.ptx"
 """XLA's name for a call of a kernel given as PTX."""
 _MOST_STATIC = 48 * 1024
 """Bytes of shared memory that a kernel may have without asking for them at the launch."""
+_PTX_VERSION = 80
+"""Any driver that JAX runs with compiles it; Triton would ask for one as new as itself. GPUs after Hopper need more."""
 _POINTERS = {
     "bool": "*i1",
     "int8": "*i8",
@@ -120,7 +122,12 @@ def compiled(
     made = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
+        options={
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+            "enable_fp_fusion": True,
+            "ptx_version": _PTX_VERSION if capability < 100 else None,
+        },
     )
     return _as_taken(made.asm["ptx"], made.metadata.shared, 32 * num_warps)
 
