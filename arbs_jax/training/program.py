@@ -80,11 +80,7 @@ class Program:
 
     @cached_property
     def _init(self) -> Any:
-        def fresh(seed: jax.Array) -> TrainState:
-            variables = self.variables(seed)
-            return fresh_state(variables[COLLECTION], variables.get(MEMORY))
-
-        return jax.jit(fresh)
+        return jax.jit(lambda seed: _fresh(self.variables(seed)))
 
     def init_state(self) -> TrainState:
         """Fresh state on the device, from the configured seed."""
@@ -105,7 +101,7 @@ class Program:
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the persistent state."""
-        return jax.eval_shape(self._init, self._seed)
+        return jax.eval_shape(_fresh, self.abstract_variables)
 
     def check(self, ternary: Any) -> None:
         """Validates dtypes, shapes and ranges of every leaf; raises StateError naming the first that is wrong."""
@@ -193,6 +189,11 @@ class Program:
         ]
         count = sum(int(batch.valid.sum()) * self.family.predicted(batch.windows.shape[1] - 1) for batch in batches)
         return float(np.sum([np.float64(total) for total in totals]) / count)
+
+
+def _fresh(variables: Any) -> TrainState:
+    """State before the first step, from the collections of a fresh model."""
+    return fresh_state(variables[COLLECTION], variables.get(MEMORY))
 
 
 def group_within(layers: int, layer_bytes: int, most: int = GROUP_GRADIENT_BYTES) -> int:

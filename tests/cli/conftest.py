@@ -8,15 +8,6 @@ import pytest
 from commands import STEPS, Reference, call, flags
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """These tests compile as users do, for half of their programs run in processes of their own; one worker takes them
-    all, so that what they share, programs and runs, is made once."""
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.thorough)
-            item.add_marker(pytest.mark.xdist_group("cli"))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One cache for all processes of the session, so that each program is compiled once; the user's is left alone."""

@@ -216,6 +216,7 @@ def _compiled(out: str) -> dict[str, bool]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_start_after_warmup_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ARBS_CACHE_DIR", str(tmp_path / "cache"))
     shape = flags("integral", 1, steps=3)
@@ -228,6 +229,7 @@ def test_a_start_after_warmup_compiles_nothing(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_first_start_compiles_and_the_second_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ARBS_CACHE_DIR", str(tmp_path / "cache"))
     starts = [
