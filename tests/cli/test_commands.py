@@ -16,7 +16,7 @@ from arbs_jax.run.metrics import read_metrics
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "eval", "audit", "warmup"])
+@pytest.mark.parametrize("name", ["train", "sample", "eval", "audit", "warmup", "smoke"])
 def test_help_explains_every_flag(name: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
         call(name, "--help")
@@ -238,3 +238,13 @@ def test_the_first_start_compiles_and_the_second_does_not(tmp_path: Path, monkey
     assert [done.returncode for done in starts] == [0, 0]
     assert _compiled(starts[0].stdout)["training step"]
     assert _compiled(starts[1].stdout) == {"state": False, "training step": False}
+
+
+def test_smoke_tells_what_a_model_costs_here(capsys: pytest.CaptureFixture[str]):
+    words = ("--preset", "byte-0.4m", "--rule", "integral", "--ctx", 16, "--batch", 2)
+    assert call("smoke", *words, "--backward", "--runs", 2, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["logical_ternary_weights"] == weights("byte-0.4m")
+    assert found["nats_per_byte"] > 0
+    assert min(found[name] for name in ("forward_cold", "forward_warm", "step_cold", "step_warm")) > 0
+    assert len(found["peak_megabytes_after_each_step"]) == 3
