@@ -16,7 +16,7 @@ from arbs_jax.run.metrics import read_metrics
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "eval", "audit", "warmup", "smoke"])
+@pytest.mark.parametrize("name", ["train", "sample", "eval", "audit", "warmup"])
 def test_help_explains_every_flag(name: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
         call(name, "--help")
