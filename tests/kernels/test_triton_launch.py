@@ -2,6 +2,7 @@
 
 import re
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from arbs_kernels import triton_launch
 from arbs_kernels.benchmarks import BENCHMARKS, make
 from arbs_kernels.cases import Case
+from arbs_kernels.grouped_matmul import grouped_weight_gradient
 from arbs_kernels.triton_launch import Compiled
 
 pytest.importorskip("triton")
@@ -46,21 +48,17 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", SHARED_KIB)
-@pytest.mark.parametrize(
-    ("operator", "case"), [(name, case) for name, cases in WORK.items() for case in cases], ids=str
-)
-def test_compiles_for(
-    operator: str, case: Case, capability: float, made: list[Compiled], monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture(params=SHARED_KIB)
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    """What whoever asks takes the device's compute capability to be."""
     for name, module in list(sys.modules.items()):
         if name.startswith("arbs_kernels") and hasattr(module, "compute_capability"):
-            monkeypatch.setattr(module, "compute_capability", lambda: capability)
-    benchmark, dtype = BENCHMARKS[operator], jnp.dtype(jnp.bfloat16)
-    inputs = jax.eval_shape(lambda: make(benchmark.inputs, case, dtype, 0))
-    expected = jax.eval_shape(benchmark.call(case, dtype, "xla"), *inputs)
-    assert jax.eval_shape(benchmark.call(case, dtype, "triton"), *inputs) == expected
+            monkeypatch.setattr(module, "compute_capability", lambda: request.param)
+    return request.param
+
+
+def check(made: list[Compiled], capability: float) -> None:
+    """Kernels were made, and are for such a GPU."""
     assert made
     for kernel in made:
         assert re.search(rf"\.version 8\.0\n\.target sm_{round(10 * capability)}a?\b", kernel.ptx)
@@ -68,3 +66,24 @@ def test_compiles_for(
         # A small amount is the kernel's own; what is asked for at the launch is more than that.
         assert kernel.shared_bytes == 0 or kernel.shared_bytes > 48 * 1024
         assert (".extern .shared" in kernel.ptx) == (kernel.shared_bytes > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("operator", "case"), [(name, case) for name, cases in WORK.items() for case in cases], ids=str
+)
+def test_compiles_for(operator: str, case: Case, capability: float, made: list[Compiled]):
+    benchmark, dtype = BENCHMARKS[operator], jnp.dtype(jnp.bfloat16)
+    inputs = jax.eval_shape(lambda: make(benchmark.inputs, case, dtype, 0))
+    expected = jax.eval_shape(benchmark.call(case, dtype, "xla"), *inputs)
+    assert jax.eval_shape(benchmark.call(case, dtype, "triton"), *inputs) == expected
+    check(made, capability)
+
+
+@pytest.mark.slow
+def test_gradients_by_expert_compile_for(capability: float, made: list[Compiled]):
+    x, dy = jax.ShapeDtypeStruct((512, 160), jnp.bfloat16), jax.ShapeDtypeStruct((512, 64), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    found = jax.eval_shape(partial(grouped_weight_gradient, implementation="triton"), x, dy, sizes)
+    assert (found.shape, found.dtype) == ((4, 64, 160), jnp.float32)
+    check(made, capability)
