@@ -3,8 +3,11 @@
 import datetime
 import json
 import re
+import signal
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -130,10 +133,24 @@ def run(args: Bench) -> int:
                 progress.advance(task)
         except BaseException:
             # Stopped halfway, minutes of measurements are still worth having; tables are only tuned by whole runs.
-            _report(replace(args, tune=False), operators, arms, dtype, measured, bandwidth, rate)
+            with _further_interrupts_ignored():
+                _report(replace(args, tune=False), operators, arms, dtype, measured, bandwidth, rate)
             raise
     _report(args, operators, arms, dtype, measured, bandwidth, rate)
     return 1 if measured.failed else 0
+
+
+@contextmanager
+def _further_interrupts_ignored() -> Iterator[None]:
+    """`timeout` sends its signal to the process and once more to its group, and people press Ctrl-C twice."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _report(

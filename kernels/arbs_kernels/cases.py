@@ -1,6 +1,6 @@
 """Shapes that matter, one list for the operators' tests, benchmarks and tuners."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from arbs_kernels.shapes import group_count
 
@@ -17,7 +17,7 @@ class Case:
     """`K`."""
     group_size: int
     """`G`."""
-    why: str
+    why: str = field(compare=False)
     """What is special about it."""
     experts: int = 1
     """`X`, matrices that share the rows of activations equally; some operators take one only."""

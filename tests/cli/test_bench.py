@@ -1,6 +1,8 @@
 """`arbs bench` for real, on a CPU with small shapes; and how device time is taken."""
 
 import json
+import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from commands import call
 
+from arbs_jax.cli import bench
 from arbs_kernels import timing, tuning
 from arbs_kernels.benchmarks import BENCHMARKS
 from arbs_kernels.cases import Case
@@ -51,7 +54,7 @@ def test_one_operator_on_shapes_that_were_asked_for(tmp_path: Path, capsys: pyte
     assert rows[0]["operations"] == 2 * 7 * 5 * 33
 
 
-def test_what_was_measured_before_an_interruption_is_reported(
+def test_what_was_measured_before_interruptions_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     measure, calls = timing.seconds_per_call, []
@@ -63,7 +66,13 @@ def test_what_was_measured_before_an_interruption_is_reported(
             raise KeyboardInterrupt
         return measure(*args)
 
+    def interrupted_again(report: Any, *args: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        report(*args)
+
     monkeypatch.setattr(timing, "seconds_per_call", interrupted_at_the_last)
+    monkeypatch.setattr(bench, "_report", partial(interrupted_again, bench._report))
+    handler = signal.getsignal(signal.SIGINT)
     path = tmp_path / "bench.json"
     words = ("--shapes", "7x5x33g8", "1x2x3g4", "--ops", "correlation_score", "--json", path)
     assert call("bench", *words, "--implementations", "xla") == 130
@@ -71,6 +80,15 @@ def test_what_was_measured_before_an_interruption_is_reported(
     assert err == "interrupted\n"
     assert "7x5x33g8" in out
     assert [row["shape"] for row in json.loads(path.read_text())["rows"]] == ["7x5x33g8"]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_no_shape_is_timed_twice(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench, "compute_capability", lambda: 9.0)
+    monkeypatch.setattr(timing, "memory_budget", lambda: 2**38)
+    arms = list(bench._arms(bench.Bench(), {name: ["xla"] for name in BENCHMARKS}, jnp.dtype(jnp.bfloat16)))
+    assert len({bench._key(arm) for arm in arms}) == len(arms)
+    assert {"1x10240x10240g32", "16384x10240x10240g32"} < {str(arm.case) for arm in arms}
 
 
 @pytest.mark.parametrize(
