@@ -18,7 +18,7 @@ from arbs_jax.compilation import enable_cache
 from arbs_jax.config import RunConfig
 from arbs_jax.errors import ConfigError, StateError
 from arbs_jax.training.program import Program
-from arbs_jax.training.room import check_room, peak_bytes
+from arbs_jax.training.room import check_room, peak_bytes, reserve
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,16 @@ def run(args: Smoke) -> None:
     # All is compiled before anything is there: the compiler tries kernels out, in memory of its own.
     compiling, forward = _timed(program.compile_evaluation)
     result["forward_cold"] = compiling
-    check_room(peak_bytes(forward), room, "this forward pass")
+    need, what = peak_bytes(forward), "this forward pass"
+    check_room(need, room, what)
     step: Any = None
     if args.backward:
         compiling, step = _timed(program.compile_step)
         result |= {"step_cold": compiling, "step_planned_megabytes": peak_bytes(step) / 1e6}
-        check_room(peak_bytes(step), room)
+        need, what = max(need, peak_bytes(step)), "this training step"
+        check_room(need, room, what)
+    reserve(need, jax.local_devices()[0], what)
     result["seconds_init"], state = _timed(lambda: jax.block_until_ready(program.init_state()))
-    result["init_peak_megabytes"] = _peak()
 
     rng = np.random.default_rng(config.train.seed)
     train = config.train
@@ -81,7 +83,7 @@ def run(args: Smoke) -> None:
     valid = np.ones(windows.shape[0], bool)
     cold, warm, nats = several(lambda: forward(state.ternary, state.memory, windows, valid), args.runs)
     result["forward_cold"] += cold
-    result |= {"forward_warm": warm, "forward_peak_megabytes": _peak()}
+    result["forward_warm"] = warm
     result["nats_per_byte"] = float(nats) / (windows.shape[0] * program.family.predicted(train.context))
     if args.backward:
         held = [state]
@@ -140,8 +142,7 @@ def _rows(result: dict[str, Any], account: Any) -> Any:
     if result["device_peak_megabytes"] is None:
         yield "device peak", "not told by this device"
         return
-    for name, until in (("init", "making the state"), ("forward", "forward"), ("device", "the end")):
-        yield f"device peak until {until}", f"{result[f'{name}_peak_megabytes']:,.0f} MB"
+    yield "device peak", f"{result['device_peak_megabytes']:,.0f} MB"
     if "peak_megabytes_after_each_step" in result:
         first, *_, last = result["peak_megabytes_after_each_step"]
         yield "device peak, first to last step", f"{first:,.0f} to {last:,.0f} MB"

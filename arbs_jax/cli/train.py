@@ -29,7 +29,7 @@ from arbs_jax.run.plots import plot_loss
 from arbs_jax.training.inputs import Inputs
 from arbs_jax.training.loop import Progress, Trainer, TrainingHalted
 from arbs_jax.training.program import Program
-from arbs_jax.training.room import check_room, peak_bytes
+from arbs_jax.training.room import check_room, peak_bytes, reserve
 from arbs_jax.training.step import TrainState
 
 _ARCHITECTURE = frozenset({"preset", "model", "group_size"})
@@ -184,6 +184,7 @@ def _prepare(
             # Before the state is there: the compiler tries kernels out, in memory of its own.
             step = program.compile_step()
         check_room(peak_bytes(step), room)
+        reserve(peak_bytes(step), jax.local_devices()[0])
     except BaseException:
         if resumed is None:  # Nothing has begun, and the same command may be given again.
             folder.config.unlink(missing_ok=True)

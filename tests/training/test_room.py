@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from arbs_jax.errors import ConfigError
-from arbs_jax.training.room import check_room, device_room, peak_bytes
+from arbs_jax.training import room
+from arbs_jax.training.room import check_room, device_room, peak_bytes, reserve
 
 
 def device(stats):
@@ -42,3 +43,30 @@ def test_a_donated_argument_counts_once():
     plain, donated = (jax.jit(lambda x: x + 1, donate_argnums=at).lower(x).compile() for at in ((), (0,)))
     assert peak_bytes(plain) - peak_bytes(donated) == 4096
     assert peak_bytes(donated) >= 4096
+
+
+def test_what_is_reserved_is_one_piece_and_given_back(monkeypatch: pytest.MonkeyPatch):
+    pieces = []
+    zeros = jnp.zeros
+    monkeypatch.setattr(room, "device_room", lambda _: 2**40)
+    monkeypatch.setattr(jnp, "zeros", lambda *shape, **kwargs: pieces.append(zeros(*shape, **kwargs)) or pieces[-1])
+    (cpu,) = jax.local_devices()[:1]
+    reserve(2**20 + 1, cpu)
+    (piece,) = pieces
+    assert piece.nbytes == 2**21
+    assert piece.is_deleted()
+
+
+def test_what_others_hold_is_told(monkeypatch: pytest.MonkeyPatch):
+    def refused(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(room, "device_room", lambda _: 2**40)
+    monkeypatch.setattr(jnp, "zeros", refused)
+    with pytest.raises(ConfigError, match="this training step needs 4,831 MB, which this device does not give"):
+        reserve(4_830_815_205, jax.local_devices()[0])
+
+
+def test_a_device_that_does_not_tell_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jnp, "zeros", None)
+    reserve(2**60, device(None))
