@@ -181,7 +181,9 @@ class ModelFlags:
     ctx: Annotated[int | None, whole("--ctx"), about("Bytes the model sees in a window.", str(TrainConfig.context))] = (
         None
     )
-    batch: Annotated[int | None, whole("--batch"), about("Windows in a micro-batch.", str(TrainConfig.batch))] = None
+    batch: Annotated[
+        int | None, whole("--batch"), about("Windows in a micro-batch.", f"{TrainConfig.batch}, of arbs smoke 1")
+    ] = None
     accum: Annotated[
         int | None, whole("--accum"), about("Micro-batches a step, each a vote.", str(TrainConfig.accum))
     ] = None

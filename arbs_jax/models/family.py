@@ -18,12 +18,19 @@ from arbs_jax.models.attention import takes_cudnn
 from arbs_jax.models.byte_lm import ByteLM, ModelConfig, cross_entropy
 from arbs_jax.models.byte_stages import byte_stages
 from arbs_jax.models.stages import Stage
+from arbs_jax.rules.noise import run_key
 from arbs_jax.votes import matrix_specs
 
 AnyConfig = ModelConfig | ArbConfig
 
 _TOKENS = (1, 8)
 """Shape of the tokens with which models are initialised; nothing depends on it."""
+_FRESH = 2**31 - 1
+
+
+def _fresh_key(seed: jax.Array) -> jax.Array:
+    """Key of fresh state, none of those that training derives; its draws are compiled sooner than JAX's own."""
+    return jax.random.fold_in(run_key(seed), _FRESH)
 
 
 class Family(Protocol):
@@ -101,7 +108,7 @@ class ByteFamily:
 
     def variables(self, seed: jax.Array) -> dict[str, Any]:
         """See `Family`."""
-        return self.module.init(jax.random.key(seed), jnp.zeros(_TOKENS, jnp.int32))
+        return self.module.init(_fresh_key(seed), jnp.zeros(_TOKENS, jnp.int32))
 
     def nats(self, variables: dict[str, Any], tokens: jax.Array) -> jax.Array:
         """See `Family`."""
@@ -156,7 +163,7 @@ class ArbFamily:
 
     def variables(self, seed: jax.Array) -> dict[str, Any]:
         """See `Family`."""
-        fresh = self.module.init(jax.random.key(seed), jnp.zeros(_TOKENS, jnp.int32))
+        fresh = self.module.init(_fresh_key(seed), jnp.zeros(_TOKENS, jnp.int32))
         return {**fresh, MEMORY: empty_memory(self.config)}
 
     def nats(self, variables: dict[str, Any], tokens: jax.Array) -> jax.Array:

@@ -12,9 +12,9 @@ from arbs_jax.models import PRESETS, VOCABULARY
 from arbs_jax.run.checkpoints import Checkpointer
 from arbs_jax.run.metrics import read_metrics
 
-STEPS = 400
+STEPS = 200
 """Enough that a process is still at it when the test has seen its first rows."""
-LOG_INTERVAL, SAVE_INTERVAL = 5, 60
+LOG_INTERVAL, SAVE_INTERVAL, EVAL_INTERVAL = 5, 60, 80
 _PATIENCE = 240.0
 """Seconds after which a process that shows no progress fails the test, on a machine however slow."""
 
@@ -48,7 +48,7 @@ def flags(rule: str = "integral", accum: int = 1, steps: int = STEPS) -> list[st
         "batch": 2,
         "log-interval": LOG_INTERVAL,
         "save-interval": SAVE_INTERVAL,
-        "eval-interval": 150,
+        "eval-interval": EVAL_INTERVAL,
     }
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 

@@ -251,8 +251,10 @@ def toy_memory(layers, width, rows):
 
 
 def byte_memory(layers, width, rows, rule="integral"):
-    """The byte model on one sequence of `rows` bytes."""
-    config = ModelConfig(width=width, layers=layers, heads=4, kv_heads=4, head_dim=64, hidden=672, context=rows)
+    """The byte model on one sequence of `rows` bytes; its matrices have two shapes, so that little is compiled."""
+    heads = width // 64
+    shape = {"heads": heads, "kv_heads": heads, "head_dim": 64, "hidden": width, "tied": True}
+    config = ModelConfig(width=width, layers=layers, context=rows, **shape)
     common = TernaryConfig(
         rule=make_rule(RuleConfig(rule), steps=100, votes_per_step=1), group_size=default_group_size(rule)
     )
