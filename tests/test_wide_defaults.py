@@ -1,4 +1,4 @@
-"""64-bit defaults (`JAX_ENABLE_X64`) change what Python numbers become inside traced code, and must change no result."""
+"""64-bit defaults (`JAX_ENABLE_X64`) change what Python numbers become inside traced code, and must change nothing."""
 
 import contextlib
 from collections.abc import Iterator
