@@ -6,13 +6,14 @@ from pathlib import Path
 import jax
 
 from arbs_jax.audit import Audit, require_integers
+from arbs_jax.cli.display import errors, megabytes
 from arbs_jax.cli.options import newest_run, saved_config
 from arbs_jax.config import RunConfig
 from arbs_jax.run.checkpoints import Checkpointer
 from arbs_jax.run.folder import RunFolder
 from arbs_jax.run.limbs import to_device
 from arbs_jax.training.program import Program
-from arbs_jax.training.room import check_room, device_room
+from arbs_jax.training.room import check_room, device_room, reserve
 from arbs_jax.training.step import TrainState
 
 
@@ -41,6 +42,16 @@ def admitted(program: Program) -> tuple[Audit, int | None]:
     require_integers(account)
     check_room(account.state_bytes, room, f"the state of {program.config.preset}")
     return account, room
+
+
+def make_room(need: int) -> None:
+    """Reserves bytes for what will run; says so where the device does not have them in one piece."""
+    if not reserve(need, jax.local_devices()[0]):
+        errors.print(
+            f"warning: the device does not give {megabytes(need)} in one piece, though it has as many; other processes "
+            "may hold them, and this one may run out of memory",
+            style="yellow",
+        )
 
 
 def run_path(path: Path | None) -> Path:

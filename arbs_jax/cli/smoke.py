@@ -13,12 +13,12 @@ import tyro
 
 from arbs_jax.cli.display import console, megabytes, table
 from arbs_jax.cli.options import ModelFlags, whole
-from arbs_jax.cli.runs import admitted
+from arbs_jax.cli.runs import admitted, make_room
 from arbs_jax.compilation import enable_cache
 from arbs_jax.config import RunConfig
 from arbs_jax.errors import ConfigError, StateError
 from arbs_jax.training.program import Program
-from arbs_jax.training.room import check_room, peak_bytes, reserve
+from arbs_jax.training.room import check_room, peak_bytes
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,15 @@ def run(args: Smoke) -> None:
     # All is compiled before anything is there: the compiler tries kernels out, in memory of its own.
     compiling, forward = _timed(program.compile_evaluation)
     result["forward_cold"] = compiling
-    need, what = peak_bytes(forward), "this forward pass"
-    check_room(need, room, what)
+    need = peak_bytes(forward)
+    check_room(need, room, "this forward pass")
     step: Any = None
     if args.backward:
         compiling, step = _timed(program.compile_step)
         result |= {"step_cold": compiling, "step_planned_megabytes": peak_bytes(step) / 1e6}
-        need, what = max(need, peak_bytes(step)), "this training step"
-        check_room(need, room, what)
-    reserve(need, jax.local_devices()[0], what)
+        need = max(need, peak_bytes(step))
+        check_room(need, room)
+    make_room(need)
     result["seconds_init"], state = _timed(lambda: jax.block_until_ready(program.init_state()))
 
     rng = np.random.default_rng(config.train.seed)

@@ -14,7 +14,7 @@ import tyro
 
 from arbs_jax.cli.display import Bar, audit_table, console, errors, loss_text, table
 from arbs_jax.cli.options import LogFlags, ModelFlags, about, new_run_path, saved_config, whole
-from arbs_jax.cli.runs import admitted, checkpoint_name
+from arbs_jax.cli.runs import admitted, checkpoint_name, make_room
 from arbs_jax.cli.text import printable, sample_bytes
 from arbs_jax.compilation import enable_cache, measured
 from arbs_jax.config import MAY_CHANGE, RunConfig
@@ -29,7 +29,7 @@ from arbs_jax.run.plots import plot_loss
 from arbs_jax.training.inputs import Inputs
 from arbs_jax.training.loop import Progress, Trainer, TrainingHalted
 from arbs_jax.training.program import Program
-from arbs_jax.training.room import check_room, peak_bytes, reserve
+from arbs_jax.training.room import check_room, peak_bytes
 from arbs_jax.training.step import TrainState
 
 _ARCHITECTURE = frozenset({"preset", "model", "group_size"})
@@ -184,7 +184,7 @@ def _prepare(
             # Before the state is there: the compiler tries kernels out, in memory of its own.
             step = program.compile_step()
         check_room(peak_bytes(step), room)
-        reserve(peak_bytes(step), jax.local_devices()[0])
+        make_room(peak_bytes(step))
     except BaseException:
         if resumed is None:  # Nothing has begun, and the same command may be given again.
             folder.config.unlink(missing_ok=True)

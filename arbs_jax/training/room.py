@@ -45,7 +45,7 @@ def check_room(need: int, room: int | None, what: str = "this training step") ->
         )
 
 
-def reserve(need: int, device: Any, what: str = "this training step") -> None:
+def reserve(need: int, device: Any) -> bool:
     """Has the allocator fetch `need` bytes in one piece, to hand out what comes next from it.
 
     Fetched as they are asked for (where memory is not pre-allocated), pieces of the device double in size from one to
@@ -55,17 +55,15 @@ def reserve(need: int, device: Any, what: str = "this training step") -> None:
     Args:
         need: `peak_bytes` of what will run.
         device: that tells of its memory; others, as CPUs, are left alone.
-        what: needs them, for the message.
 
-    Raises:
-        ConfigError: they are not to be had, beside what other processes hold.
+    Returns:
+        Whether they were to be had, in one piece and beside what other processes hold. What will run may find them in
+        several.
     """
     if device_room(device) is None:
-        return
+        return True
     try:
         jax.block_until_ready(jnp.zeros((-(-need // 2**20), 2**20), jnp.uint8, device=device)).delete()
-    except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(
-            f"{what} needs {-(-need // _MB):,} MB, which this device does not give, though it has as many; end what "
-            "else runs there, or lower --batch or --ctx"
-        ) from error
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
