@@ -14,7 +14,7 @@ from arbs_jax.run.metrics import read_metrics
 
 STEPS = 200
 """Enough that a process is still at it when the test has seen its first rows."""
-LOG_INTERVAL, SAVE_INTERVAL, EVAL_INTERVAL = 5, 60, 80
+LOG_INTERVAL, SAVE_INTERVAL, EVAL_INTERVAL = 5, 60, 150
 _PATIENCE = 240.0
 """Seconds after which a process that shows no progress fails the test, on a machine however slow."""
 
