@@ -7,6 +7,7 @@ request only and tells the logical shape of every matrix.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -41,6 +42,13 @@ class TernaryConfig:
     """Implementation of the packed operators; None takes the best that works."""
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _fresh(key: jax.Array, spec: MatrixSpec, rule: Rule, init: InitConfig) -> Matrix:
+    """All leaves of a fresh matrix; traced once for all of a kind."""
+    base, own = jax.random.split(key)
+    return rule.init(own, init_matrix(base, spec, init), spec)
+
+
 class _TernaryMatrix(nn.Module):
     """Declares the leaves of one matrix in the calling module's scope; the base of the layers below."""
 
@@ -53,9 +61,8 @@ class _TernaryMatrix(nn.Module):
         config = self.config
         fresh: dict[str, jax.Array] = {}
 
-        def drawn(key: jax.Array) -> dict[str, jax.Array]:
-            base, own = jax.random.split(key)
-            leaves = config.rule.init(own, init_matrix(base, spec.single, config.init), spec.single)
+        def drawn(key: jax.Array) -> Matrix:
+            leaves = _fresh(key, spec.single, config.rule, config.init)
             return leaves if plant is None else plant(leaves)
 
         def leaf(name: str) -> jax.Array:

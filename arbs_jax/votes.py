@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from arbs_jax import tables
 from arbs_jax.layers import COLLECTION, PROBES, SPECS
 from arbs_jax.rules import Rule
+from arbs_jax.rules.noise import run_key
 from arbs_jax.state import MatrixSpec, Tree, flatten_specs, map_matrices
 from arbs_kernels.autodiff import make_probe
 from arbs_kernels.decode import decode
@@ -26,7 +27,8 @@ def matrix_specs(model: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str, Any
     """
 
     def trace(*arrays: Any) -> Any:
-        variables = model.init(jax.random.key(0), *arrays, **kwargs)
+        # A key of the kind that fresh models are drawn with: what is traced for it here need not be traced there.
+        variables = model.init(run_key(0), *arrays, **kwargs)
         return model.apply(variables, *arrays, mutable=[SPECS], **kwargs)[1].get(SPECS, {})
 
     return _unwrap(jax.eval_shape(trace, *inputs))

@@ -18,6 +18,11 @@ from arbs_kernels.codec import padding_is_zero, unpack_rows, valid_codes
 EVERY = range(1, 6)
 
 
+encode = jax.jit(latents.encode, static_argnums=1)
+decode = jax.jit(latents.decode, static_argnums=2)
+unpack = jax.jit(unpack_rows, static_argnums=1)
+
+
 def digits_of(v: np.ndarray, count: int) -> list[np.ndarray]:
     """Balanced-ternary digits, most significant first, by carries from the lowest digit up."""
     digits, rest = [], v.astype(np.int64)
@@ -41,17 +46,17 @@ def all_latents(count: int, columns: int) -> np.ndarray:
 @pytest.mark.parametrize("count", EVERY)
 def test_every_latent_survives_and_its_digits_are_the_leaves(count, columns):
     v = all_latents(count, columns)
-    leaves = latents.encode(jnp.asarray(v, jnp.int16), count)
+    leaves = encode(jnp.asarray(v, jnp.int16), count)
     packed = -(-columns // 5)
     assert {name: (leaf.dtype, leaf.shape) for name, leaf in leaves.items()} == {
         "trits": (jnp.uint8, (v.shape[0], packed)),
         **({"residual": (jnp.uint8, (count - 1, v.shape[0], packed))} if count > 1 else {}),
     }
-    back = latents.decode(leaves["trits"], leaves.get("residual"), columns)
+    back = decode(leaves["trits"], leaves.get("residual"), columns)
     np.testing.assert_array_equal(np.asarray(back), v.astype(np.int16), strict=True)
     lower = list(leaves["residual"]) if count > 1 else []
     for plane, digit in zip([leaves["trits"], *lower], digits_of(v, count), strict=True):
-        np.testing.assert_array_equal(unpack_rows(plane, columns), digit)
+        np.testing.assert_array_equal(unpack(plane, columns), digit)
         assert valid_codes(np.asarray(plane)).all()
         assert padding_is_zero(np.asarray(plane), columns)
 
