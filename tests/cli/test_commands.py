@@ -131,6 +131,7 @@ def test_a_prompt_that_is_not_utf8_and_a_terminal_that_is_not_either(finished: P
     assert done.stdout.startswith(b"??")
 
 
+@pytest.mark.slow
 def test_a_reader_who_leaves_early_gets_no_traceback(finished: Path):
     words = command("sample", "--run", finished, "--bytes", 300)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -128,6 +128,7 @@ def test_data_that_hold_no_window(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_bytes_that_are_not_utf8_are_data_like_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "a[1] :heart:").write_bytes(bytes(range(255, -1, -1)) * 60)
     words = ("train", "--data", tmp_path / "a[1] :heart:", "--run", tmp_path / "run", *flags("integral", 2))

@@ -66,12 +66,10 @@ def test_a_killed_process_goes_on_bit_for_bit_from_its_last_checkpoint(
     ("rule", "accum", "steps"),
     [
         ("integral", 2, STEPS),
-        ("bigint", 2, STEPS),
-        pytest.param("latent10", 2, SAVE_INTERVAL + 20, marks=pytest.mark.slow),
-        pytest.param("integral", 1, STEPS, marks=pytest.mark.slow),
-        pytest.param("bigint", 1, STEPS, marks=pytest.mark.slow),
-        pytest.param("latent4", 1, SAVE_INTERVAL + 20, marks=pytest.mark.slow),
-        pytest.param("latent18", 1, SAVE_INTERVAL + 20, marks=pytest.mark.slow),
+        ("bigint", 1, STEPS),
+        ("latent10", 2, SAVE_INTERVAL + 20),
+        ("latent4", 1, SAVE_INTERVAL + 20),
+        ("latent18", 1, SAVE_INTERVAL + 20),
     ],
 )
 def test_a_run_in_three_parts_is_the_run_in_one(
