@@ -4,10 +4,8 @@ import datetime
 import json
 import re
 import signal
-import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +21,7 @@ from arbs_jax.cli.display import console, errors
 from arbs_jax.cli.options import choice, parsed
 from arbs_jax.compilation import enable_cache
 from arbs_jax.errors import ConfigError
+from arbs_jax.signals import handled
 from arbs_kernels import timing, tuning
 from arbs_kernels.backends import compute_capability, device_kind
 from arbs_kernels.benchmarks import BENCHMARKS, Benchmark, agree, make
@@ -133,24 +132,12 @@ def run(args: Bench) -> int:
                 progress.advance(task)
         except BaseException:
             # Stopped halfway, minutes of measurements are still worth having; tables are only tuned by whole runs.
-            with _further_interrupts_ignored():
+            # `timeout` sends its signal to the process and once more to its group, and people press Ctrl-C twice.
+            with handled(signal.SIG_IGN, signal.SIGINT):
                 _report(replace(args, tune=False), operators, arms, dtype, measured, bandwidth, rate)
             raise
     _report(args, operators, arms, dtype, measured, bandwidth, rate)
     return 1 if measured.failed else 0
-
-
-@contextmanager
-def _further_interrupts_ignored() -> Iterator[None]:
-    """`timeout` sends its signal to the process and once more to its group, and people press Ctrl-C twice."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _report(

@@ -5,9 +5,7 @@ import logging
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import tyro
@@ -15,6 +13,7 @@ import tyro
 from arbs_jax.cli import audit, bench, evaluate, sample, smoke, train, warmup
 from arbs_jax.cli.display import errors
 from arbs_jax.errors import UserError
+from arbs_jax.signals import handled
 from arbs_kernels.selection import UnsupportedError
 
 Command = (
@@ -54,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     # Orbax logs the traceback of a failed write, from a thread of its own; we say it in a line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        with _terminated_by_exception():
+        # Lets `finally` blocks run on SIGTERM: checkpoints under way are finished, files closed.
+        with handled(_terminate, signal.SIGTERM):
             command = tyro.cli(
                 Command,  # pyrefly: ignore[bad-argument-type]
                 prog="arbs",
@@ -78,21 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-@contextmanager
-def _terminated_by_exception() -> Iterator[None]:
-    """Lets `finally` blocks run on SIGTERM: checkpoints under way are finished, files closed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_number: int, _frame: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _terminate(_number: int, _frame: object) -> None:
+    raise Terminated
 
 
 if __name__ == "__main__":

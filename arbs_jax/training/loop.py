@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from arbs_jax.data import BatchIterator, ValidationBatch
 from arbs_jax.errors import CheckpointError, UserError
 from arbs_jax.run.checkpoints import Checkpointer
 from arbs_jax.run.metrics import MetricsWriter
+from arbs_jax.signals import handled
 from arbs_jax.training.program import Program
 from arbs_jax.training.step import TrainState
 
@@ -179,9 +179,6 @@ class Trainer:
 def _stop_signals() -> Iterator[list[str]]:
     """Collects SIGINT and SIGTERM in place of dying of them; a second SIGINT interrupts as usual."""
     caught: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
 
     def note(number: int, _frame: object) -> None:
         caught.append(signal.Signals(number).name)
@@ -190,12 +187,8 @@ def _stop_signals() -> Iterator[list[str]]:
         with suppress(OSError):
             os.write(2, f"\n{caught[-1]}: finishing this step, then saving; Ctrl-C stops at once\n".encode())
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(note, signal.SIGINT, signal.SIGTERM):
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def bytes_per_second(program: Program, steps: int, since: float) -> float:
