@@ -34,9 +34,15 @@ def fresh(module: nn.Module, *inputs: Any, seed: int = 5, **kwargs: Any) -> tupl
     return {COLLECTION: map_matrices(matrix, shapes[COLLECTION])}, specs
 
 
+def packed_bytes(columns: int) -> int:
+    """Of a packed row: five columns to a byte, and 32 bytes to a unit where there are 2048 columns or more."""
+    width = -(-columns // 5)
+    return -(-width // 32) * 32 if columns >= 2048 else width
+
+
 def pack_in_numpy(trits: np.ndarray) -> np.ndarray:
     """`arbs_kernels.codec.pack_rows`."""
-    width = -(-trits.shape[-1] // 5)
+    width = packed_bytes(trits.shape[-1])
     padded = np.pad(trits, [(0, 0)] * (trits.ndim - 1) + [(0, 5 * width - trits.shape[-1])])
     value = (padded.reshape(*trits.shape[:-1], 5, width) + 1) * np.array([81, 27, 9, 3, 1])[:, None]
     return (-(-value.sum(axis=-2) * 256 // 243)).astype(np.uint8)

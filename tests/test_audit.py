@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import packed_bytes
 
 from arbs_jax.audit import audit, require_integers
 from arbs_jax.config import RunConfig
@@ -50,7 +51,7 @@ def test_every_preset_adds_up(name: str, group_size: int):
         part: sum(rows * columns for rows, columns in shapes) for part, shapes in by_part.items()
     }
     assert account.bytes_by_leaf == {
-        "trits": sum(rows * -(-columns // 5) for rows, columns in everything),
+        "trits": sum(rows * packed_bytes(columns) for rows, columns in everything),
         "exponent": groups,
         "corr": 8 * groups,
         "votes": 8 * len(everything),
@@ -74,7 +75,7 @@ def test_rules_that_move_the_trits_stay_under_their_bits(name: str, rule: str, m
     assert account.bits_per_weight <= most
     require_integers(account)
     everything = [shape for shapes in matrices(model).values() for shape in shapes]
-    packed = sum(rows * -(-columns // 5) for rows, columns in everything)
+    packed = sum(rows * packed_bytes(columns) for rows, columns in everything)
     assert account.bytes_by_leaf["trits"] == packed
     assert account.bytes_by_leaf["residual"] == (settings.planes - 1) * packed
     if settings.momentum == "int8":

@@ -15,6 +15,7 @@ from arbs_jax.state import InitConfig
 from arbs_jax.training.program import Program
 from arbs_kernels import backends
 from arbs_kernels.correlation_score.api import SCORE
+from arbs_kernels.gradient_sample.api import SAMPLE
 from arbs_kernels.latent_step.api import STEP
 from arbs_kernels.packed_matmul.api import FORWARD, INPUT_GRADIENT
 from arbs_kernels.row_gather.api import GATHER
@@ -94,7 +95,7 @@ def test_refusals(make: Any, message: str):
 
 
 def test_a_kernel_by_name_is_one_that_every_operator_of_a_step_has():
-    everywhere = set.intersection(*(set(table) for table in (FORWARD, INPUT_GRADIENT, SCORE, GATHER, STEP)))
+    everywhere = set.intersection(*(set(table) for table in (FORWARD, INPUT_GRADIENT, SCORE, GATHER, SAMPLE, STEP)))
     assert everywhere | {"auto"} == set(KERNELS)
 
 

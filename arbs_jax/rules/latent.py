@@ -29,18 +29,15 @@ from arbs_jax.errors import ConfigError
 from arbs_jax.rules import planes
 from arbs_jax.rules.base import Report, Votes, base_report, exp2_scale, total
 from arbs_jax.rules.momentum import Int8Momentum, LowRankMomentum, Momentum, NoMomentum
-from arbs_jax.rules.noise import dither_seed, salt_of, white
+from arbs_jax.rules.noise import dither_seed, salt_of, white, white_seed
 from arbs_jax.rules.orthogonal import newton_schulz
 from arbs_jax.rules.schedule import UNIT_BITS, Schedule
 from arbs_jax.state import Matrix, MatrixSpec
-from arbs_kernels.codec import digits, unpack_rows
-from arbs_kernels.decode import group_sum
+from arbs_kernels.codec import digits
+from arbs_kernels.gradient_sample import LARGEST, STEPS, gradient_sample
 from arbs_kernels.latent_step import latent_step
 
 _FRACTION_BITS = 24
-_CLIP = 4.0
-_SAMPLE_STEPS = 31
-"""int8 steps per unit of `u`: 4 * 31 = 124 fits."""
 _SCORE_STEPS = 256
 """Steps per unit of the normalised score."""
 _LOG_STEPS = 16
@@ -121,15 +118,19 @@ class Latent:
     def vote(self, collected: Votes, matrix: Matrix, spec: MatrixSpec, key: jax.Array) -> Votes:
         """The gradient as integers, all int32: `sample` (N, K) in 1/31 RMS, `rows` (N,) and `columns` (K,) log2 moments
         in 1/16, `score` (N, R) in 1/256 RMS, `count` (). An all-zero or non-finite gradient is no vote at all."""
-        g = collected["gradient"].astype(jnp.float32)
-        squares = jnp.square(g)
+        squares = jnp.square(collected["gradient"].astype(jnp.float32))
         rows, columns = jnp.mean(squares, axis=1), jnp.mean(squares, axis=0)
         usable = (jnp.mean(rows) > 0) & jnp.isfinite(jnp.mean(rows))
-        u = jnp.clip(g * _inverse_rms(rows, columns, spec), -_CLIP, _CLIP)
-        sample = jnp.floor(u * _SAMPLE_STEPS + white(salt_of(key), 0, jnp.int32(0), spec.shape))
-        agreement = group_sum(g * unpack_rows(matrix["trits"], spec.in_features), spec.group_size)
+        sample, agreement = gradient_sample(
+            collected["gradient"],
+            *_inverse_roots(rows, columns, spec),
+            matrix["trits"],
+            white_seed(salt_of(key), 0, jnp.int32(0)),
+            group_size=spec.group_size,
+            implementation=self.implementation,
+        )
         mean = _mean_of_touched(jnp.square(agreement), collected)
-        score = jnp.clip(agreement * jax.lax.rsqrt(mean + _TINY), -_CLIP, _CLIP)
+        score = jnp.clip(agreement * jax.lax.rsqrt(mean + _TINY), -LARGEST, LARGEST)
         cast = {
             "sample": sample,
             "rows": _LOG_STEPS * jnp.log2(rows + _TINY),
@@ -163,7 +164,7 @@ class Latent:
         """Latents, momentum and moments after these votes."""
         count = jnp.maximum(votes["count"], 1).astype(jnp.float32)
         taken = _taken(votes, count)
-        u = votes["sample"].astype(jnp.float32) / (_SAMPLE_STEPS * taken)
+        u = votes["sample"].astype(jnp.float32) / (STEPS * taken)
         rows = votes["rows"].astype(jnp.float32) / (taken[:, 0] if spec.sparse else taken)
         columns = votes["columns"].astype(jnp.float32) / count
         moments: Matrix = {}
@@ -173,9 +174,10 @@ class Latent:
                 matrix["row_moment"], rows, matrix["row_moment"] == _UNTOUCHED if spec.sparse else first
             )
             column_log = self._blend(matrix["column_moment"], columns, first)
-            u = u * _inverse_rms(_unlog(row_log), _unlog(column_log), spec)
-            u = u / _inverse_rms(_unlog(rows), _unlog(columns), spec)
-            u = jnp.clip(u, -_CLIP, _CLIP)
+            of_row, of_column = _inverse_roots(_unlog(row_log), _unlog(column_log), spec)
+            row_before, column_before = _inverse_roots(_unlog(rows), _unlog(columns), spec)
+            u = u * ((of_row / row_before)[:, None] * (of_column / column_before)[None, :])
+            u = jnp.clip(u, -LARGEST, LARGEST)
             moments = {
                 "row_moment": _round_log(row_log, salt, 4, step),
                 "column_moment": _round_log(column_log, salt, 5, step),
@@ -238,8 +240,8 @@ def _mean_of_touched(values: jax.Array, found: Votes) -> jax.Array:
     return mean / jnp.maximum(share, 0.5 / values.shape[0])
 
 
-def _inverse_rms(rows: jax.Array, columns: jax.Array, spec: MatrixSpec) -> jax.Array:
-    """1/RMS of each element (N, K) from mean squares of rows (N,) and columns (K,).
+def _inverse_roots(rows: jax.Array, columns: jax.Array, spec: MatrixSpec) -> tuple[jax.Array, jax.Array]:
+    """Factors of rows (N,) and columns (K,) whose products are 1/RMS of the elements, from the mean squares of both.
 
     `row * column / mean` is the rank-one estimate of the elements' mean squares (Shazeer and Stern, 2018). Moments far
     below the mean are lifted to 1e-8 of it, so that dead rows stay quiet. The mean is that of the rows; of a sparse
@@ -247,4 +249,4 @@ def _inverse_rms(rows: jax.Array, columns: jax.Array, spec: MatrixSpec) -> jax.A
     """
     mean = jnp.mean(columns if spec.sparse else rows) + _TINY
     lifted_rows, lifted_columns = rows + 1e-8 * mean, columns + 1e-8 * mean
-    return jax.lax.rsqrt(lifted_rows / mean)[:, None] * jax.lax.rsqrt(lifted_columns)[None, :]
+    return jax.lax.rsqrt(lifted_rows / mean), jax.lax.rsqrt(lifted_columns)

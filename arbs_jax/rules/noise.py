@@ -28,8 +28,12 @@ def salt_of(key: jax.Array) -> jax.Array:
 
 def white(salt: jax.Array, stream: int, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform float32 in [0, 1) of `shape` (N, K), independent from step to step and from stream to stream."""
-    at = mix(_of_stream(salt, stream) ^ mix(jnp.asarray(step).astype(jnp.uint32)))
-    return unit(positions(at, shape))
+    return unit(positions(white_seed(salt, stream, step), shape))
+
+
+def white_seed(salt: jax.Array, stream: int, step: jax.Array) -> jax.Array:
+    """Seed, uint32 (), of the positions (`arbs_kernels.noise.positions`) whose bits are `white`."""
+    return mix(_of_stream(salt, stream) ^ mix(jnp.asarray(step).astype(jnp.uint32)))
 
 
 def dither_seed(salt: jax.Array, stream: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -28,14 +28,14 @@ G = 32
 Tile = triton.Tile
 TILES = {
     (1, 10240): [Tile(1, 1, 4), Tile(1, 1, 4, chunk=2), Tile(1, 1, 2, words=8), Tile(1, 1, 4, ahead=2)],
-    (1, 8192): [Tile(1, 1, 4), Tile(1, 1, 4, words=8)],
-    (1, 4096): [Tile(1, 1, 8), Tile(1, 1, 8, words=8)],
+    (1, 8192): [Tile(1, 1, 4), Tile(1, 1, 4, words=8), Tile(1, 1, 8), Tile(1, 1, 4, ahead=2)],
+    (1, 4096): [Tile(1, 1, 8), Tile(1, 1, 8, words=8), Tile(1, 1, 16), Tile(1, 1, 4)],
     (16, 10240): [Tile(1, 1, 4, direct_x=False), Tile(2, 1, 4), Tile(2, 4, 1, splits=4, direct_x=False)],
-    (16, 8192): [Tile(1, 1, 4, direct_x=False), Tile(1, 2, 4, direct_x=False)],
-    (16, 4096): [Tile(1, 1, 8, words=8, direct_x=False)],
+    (16, 8192): [Tile(1, 1, 4, direct_x=False), Tile(1, 1, 8, words=8, direct_x=False), Tile(2, 1, 4)],
+    (16, 4096): [Tile(1, 1, 8, words=8, direct_x=False), Tile(1, 1, 8, direct_x=False), Tile(2, 1, 8)],
     (64, 10240): [Tile(2, 8, 1, splits=3, direct_x=False), Tile(2, 4, 1, splits=3, direct_x=False)],
-    (64, 8192): [Tile(1, 8, 1, splits=2, direct_x=False)],
-    (64, 4096): [Tile(1, 8, 1, splits=4, direct_x=False)],
+    (64, 8192): [Tile(2, 8, 1, splits=4, direct_x=False), Tile(2, 4, 1, splits=4, direct_x=False)],
+    (64, 4096): [Tile(2, 8, 1, splits=8, direct_x=False), Tile(1, 8, 1, splits=4, direct_x=False)],
 }
 """To try, by rows of x and size."""
 CHECKED = [

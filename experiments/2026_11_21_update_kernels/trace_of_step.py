@@ -8,6 +8,8 @@ the program's metadata gives the innermost function of this library. "once" are 
 
 import argparse
 import collections
+import gzip
+import json
 import re
 import sys
 import tempfile
@@ -139,18 +141,26 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--remat", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for every kernel's time (JSON) and the compiled program")
     args = parser.parse_args()
     setting = Setting(args.preset, 1000, args.batch, args.context, dtype="bfloat16", remat=bool(args.remat))
     for arm in args.arms:
         step, state = built(arm, setting)
         times, launches, span = trace(step, state, setting)
-        origin = origins(step.as_text())
+        text = step.as_text()
+        origin = origins(text)
         totals: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
         for name, spent in times.items():
             source, runs = origin.get(name, (f"? {name[:40]}", 0))
             entry = totals["once" if runs <= 1 else "per layer", source]
             entry[0] += spent / STEPS
             entry[1] += launches[name] / STEPS
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            each = [(name, spent / STEPS / 1e6, launches[name] / STEPS, *origin.get(name, ("?", 0)))
+                    for name, spent in times.most_common()]  # fmt: skip
+            (args.out / f"{arm.replace(':', '_')}.json").write_text("\n".join(map(json.dumps, each)))
+            (args.out / f"{arm.replace(':', '_')}.hlo.gz").write_bytes(gzip.compress(text.encode()))
         table = Table(title=f"{arm}, {args.preset}, remat {args.remat}: {span / STEPS / 1e6:.2f} ms/step, "
                       f"{sum(launches.values()) / STEPS:.0f} kernels", title_justify="left")  # fmt: skip
         for column in ("where", "source", "ms", "kernels"):

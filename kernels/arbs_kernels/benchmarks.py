@@ -3,7 +3,8 @@
 The dense counterpart of a product is the same product with the weight dense in the dtype of the activations; of the
 score, the bare product dW = dy^T x; of a product by expert, one batched product of equal shares of the rows; of a
 gather, the same gather from a dense table; of decoding, reading and writing the dense weight once; of a latent step,
-subtracting the direction from int8 latents that are not packed, which have as many bytes.
+subtracting the direction from int8 latents that are not packed, which have as many bytes; of a gradient's sample,
+rounding the gradient to int8.
 """
 
 import functools
@@ -21,6 +22,7 @@ from arbs_kernels.cases import CASES, EXPERT_CASES, Case
 from arbs_kernels.codec import pack_rows
 from arbs_kernels.correlation_score import api as score_api
 from arbs_kernels.correlation_score import weight_gradient
+from arbs_kernels.gradient_sample import api as sample_api
 from arbs_kernels.grouped_matmul import api as grouped_api
 from arbs_kernels.latent_step import api as latent_api
 from arbs_kernels.packed_decode import api as decode_api
@@ -139,6 +141,8 @@ _MAKE: dict[str, Callable[[jax.Array, Case, Any], jax.Array]] = {
     "expert_scale": lambda key, case, _: _scale(key, (case.experts, case.out_features, case.groups)),
     "expert_weight": lambda key, case, dtype: jax.random.normal(key, (case.experts, *_matrix(case)), dtype),
     "residual": lambda key, case, _: _packed(key, (_LATENT_PLANES - 1, *_matrix(case))),
+    "row_factors": lambda key, case, _: jax.random.uniform(key, (case.out_features,), jnp.float32, 0.5, 1.5),
+    "column_factors": lambda key, case, _: jax.random.uniform(key, (case.in_features,), jnp.float32, 0.5, 1.5),
     "latents": lambda key, case, _: jax.random.bits(key, _matrix(case), jnp.uint8).astype(jnp.int8),
     "one": lambda *_: jnp.ones((), jnp.float32),
     "word": lambda key, *_: jax.random.bits(key, (), jnp.uint32),
@@ -256,6 +260,17 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("x", "dy", "group_sizes"),
         by_expert=True,
     ),
+    "gradient_sample": Benchmark(
+        sample_api.gradient_sample,
+        sample_api.SAMPLE,
+        "gradient_sample",
+        ("direction", "row_factors", "column_factors", "trits", "word"),
+        _grouped,
+        lambda gradient: jnp.round(sample_api.STEPS * gradient).astype(jnp.int8),
+        ("direction",),
+        product=False,
+        is_tuned=False,
+    ),
     "latent_step": Benchmark(
         latent_api.latent_step,
         latent_api.STEP,
@@ -275,6 +290,9 @@ def agree(operator: str, got: Any, expected: Any) -> bool:
     """Whether a result is that of another implementation, up to rounding and the signs of gradients near zero."""
     if operator == "latent_step":  # bytes, of which a difference in rounding moves some
         return all(bool(jnp.mean(a != b) < 0.001) for a, b in zip(got, expected, strict=True))
+    if operator == "gradient_sample":
+        same = bool(jnp.mean(got[0] != expected[0]) < 0.001)
+        return same and bool(jnp.max(jnp.abs(got[1] - expected[1])) <= 1e-4 * jnp.max(jnp.abs(expected[1])))
     got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)
     difference = jnp.abs(got - expected)
     if operator in ("correlation_score", "grouped_score"):

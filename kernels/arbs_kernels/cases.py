@@ -51,6 +51,7 @@ CASES = (
     Case(17, 31, 257, 128, "one column past two groups"),
     Case(6, 24, 300, 256, "the largest group"),
     Case(129, 130, 131, 32, "one past a tile on every axis"),
+    Case(5, 24, 2053, 32, "long rows, which begin at multiples of 32 bytes"),
     Case(64, 288, 256, 32, "the head of a small byte model"),
     Case(1, 10240, 10240, 32, "decoding with a large layer"),
     Case(1024, 10240, 10240, 32, "a large layer on a short batch"),

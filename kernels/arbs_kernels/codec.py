@@ -1,11 +1,12 @@
 """Five trits in a byte: the in-memory row layout and the flat interchange form.
 
-In memory (`uint8 (..., N, P)`, `P = ceil(K/5)`) every row starts on a byte and its digits are *planar*: byte `j` of a
-row holds columns `j, j+P, j+2P, j+3P, j+4P`, so that unpacking is five contiguous planes laid side by side and no
-digit has to be interleaved. With digits `d_i = trit + 1` and `d_0` the lowest column, the base-3 value
-`v = sum d_i 3^(4-i)` in [0, 243) is stored as the fixed-point fraction `ceil(v * 256 / 243)`. Digit `i` is then the
-integer part of `3 * frac(code * 3^i / 256)`: two multiplies, a mask and a shift, with no division and no dependence
-between digits. Columns at or past `K` hold the trit 0, which adds nothing to a product.
+In memory (`uint8 (..., N, P)`, `P = packed_width(K)`) every row starts on a byte, a long row on a multiple of 32, and
+its digits are *planar*: byte `j` of a row holds columns `j, j+P, j+2P, j+3P, j+4P`, so that unpacking is five
+contiguous planes laid side by side and no digit has to be interleaved. With digits `d_i = trit + 1` and `d_0` the
+lowest column, the base-3 value `v = sum d_i 3^(4-i)` in [0, 243) is stored as the fixed-point fraction
+`ceil(v * 256 / 243)`. Digit `i` is then the integer part of `3 * frac(code * 3^i / 256)`: two multiplies, a mask and a
+shift, with no division and no dependence between digits. Columns at or past `K` hold the trit 0, which adds nothing to
+a product.
 
 The interchange form is the one other systems read and write: `byte = d0 + 3 d1 + 9 d2 + 27 d3 + 81 d4` over the
 row-major matrix flattened (rows run into each other when K % 5 != 0), padding digits 0.
@@ -16,12 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 
 TRITS_PER_BYTE = 5
+LONG_ROW = 2048
+"""Columns from which on rows are filled up to a multiple of `ROW_UNIT` bytes, so that wide loads find them aligned."""
+ROW_UNIT = 32
 _PLACE_VALUES = (81, 27, 9, 3, 1)
 
 
 def packed_width(in_features: int) -> int:
-    """Bytes in one packed row, `P = ceil(K/5)`."""
-    return -(-in_features // TRITS_PER_BYTE)
+    """Bytes in one packed row, `P`: `ceil(K/5)`, of a long row up to a multiple of 32."""
+    width = _bytes_of(in_features)
+    return -(-width // ROW_UNIT) * ROW_UNIT if in_features >= LONG_ROW else width
+
+
+def _bytes_of(trits: int) -> int:
+    return -(-trits // TRITS_PER_BYTE)
 
 
 def pack_rows(trits: jax.Array) -> jax.Array:
@@ -39,7 +48,7 @@ def unpack_rows(packed: jax.Array, in_features: int) -> jax.Array:
     """Unpacks `uint8 (..., N, P)` into `int8 (..., N, K)` trits.
 
     Raises:
-        ValueError: the last axis of `packed` is not `ceil(in_features / 5)` bytes.
+        ValueError: the last axis of `packed` is not `packed_width(in_features)` bytes.
     """
     width = packed_width(in_features)
     if packed.shape[-1] != width:
@@ -121,7 +130,7 @@ def pack_flat(trits: np.ndarray) -> np.ndarray:
         raise ValueError(f"cannot pack an empty matrix, got shape {trits.shape}")
     if not np.isin(trits, (-1, 0, 1)).all():
         raise ValueError(f"trits must be -1, 0 or 1, got values from {trits.min()} to {trits.max()}")
-    digits = np.zeros(TRITS_PER_BYTE * packed_width(trits.size), np.uint8)
+    digits = np.zeros(TRITS_PER_BYTE * _bytes_of(trits.size), np.uint8)
     digits[: trits.size] = trits.reshape(-1).astype(np.int8) + 1
     place_values = np.array(_PLACE_VALUES[::-1], np.uint8)
     return (digits.reshape(-1, TRITS_PER_BYTE) * place_values).sum(axis=1).astype(np.uint8)
@@ -135,9 +144,9 @@ def unpack_flat(packed: np.ndarray, out_features: int, in_features: int) -> np.n
     """
     packed = np.asarray(packed, np.uint8).reshape(-1)
     size = out_features * in_features
-    if size <= 0 or packed.size != packed_width(size):
+    if size <= 0 or packed.size != _bytes_of(size):
         raise ValueError(
-            f"a {out_features} x {in_features} matrix has {packed_width(max(size, 0))} bytes, got {packed.size}"
+            f"a {out_features} x {in_features} matrix has {_bytes_of(max(size, 0))} bytes, got {packed.size}"
         )
     if packed.max() > 242:
         raise ValueError(f"a byte of five trits is at most 242, got {packed.max()}")

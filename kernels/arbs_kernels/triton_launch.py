@@ -152,6 +152,28 @@ def one_by_one(function: Callable[..., jax.Array], *arrays: jax.Array, **static:
     return jax.custom_batching.sequential_vmap(partial(function, **static))(*arrays)
 
 
+def in_one_launch(function: Callable[..., Any], *arrays: jax.Array, **static: Any) -> Any:
+    """`function(*arrays, **static)` of a function that takes and gives stacks: a leading axis is put on its arrays and
+    taken off its results, and the axes of every `vmap` join it."""
+
+    @jax.custom_batching.custom_vmap
+    def run(*stacks: jax.Array) -> Any:
+        return function(*stacks, **static)
+
+    @run.def_vmap
+    def mapped(size: int, batched: list[bool], *stacks: jax.Array) -> tuple[Any, Any]:
+        whole = [
+            stack if own else jnp.broadcast_to(stack, (size, *stack.shape))
+            for stack, own in zip(stacks, batched, strict=True)
+        ]
+        length = whole[0].shape[1]
+        out = run(*(stack.reshape(size * length, *stack.shape[2:]) for stack in whole))
+        out = jax.tree.map(lambda leaf: leaf.reshape(size, length, *leaf.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return jax.tree.map(lambda leaf: leaf[0], run(*(array[None] for array in arrays)))
+
+
 def check_size(operator: str, name: str, array: jax.Array | jax.ShapeDtypeStruct) -> None:
     """Checks that 32 bits address `array`.
 

@@ -32,6 +32,7 @@ WORK = {
     ),
     "grouped_matmul_input_gradient": (Case(512, 128, 512, 32, "many", experts=4),),
     "grouped_score": (Case(512, 128, 512, 32, "many", experts=4),),
+    "gradient_sample": (Case(1, 33, 70, 12, "groups that are no power of two"),),
     "latent_step": (Case(1, 33, 300, 32, "five planes"),),
 }
 

@@ -24,7 +24,7 @@ def correlation_score(
     Args:
         x: activations `(M, K)`, float32 or bfloat16.
         dy: cotangent of the outputs `(M, N)`, same dtype as `x`.
-        trits: `uint8 (N, ceil(K/5))`.
+        trits: `uint8 (N, P)`.
         group_size: columns that share one scale.
         implementation: "xla", "mosaic_gpu", "triton", or None for the best that works here.
 

@@ -49,7 +49,7 @@ def grouped_matmul(
     Args:
         x: activations `(M, K)` sorted by expert, float32 or bfloat16.
         group_sizes: `int32 (X,)`, rows of each expert.
-        trits: `uint8 (X, N, ceil(K/5))`.
+        trits: `uint8 (X, N, P)`.
         scale: `float32 (X, N, ceil(K/group_size))`.
         group_size: columns that share one scale.
         implementation: "xla", "triton", or None for the best that works here.
@@ -84,7 +84,7 @@ def grouped_matmul_input_gradient(
     Args:
         dy: cotangent `(M, N)`, float32 or bfloat16.
         group_sizes: `int32 (X,)`, rows of each expert.
-        trits: `uint8 (X, N, ceil(K/5))`.
+        trits: `uint8 (X, N, P)`.
         scale: `float32 (X, N, ceil(K/group_size))`.
         in_features: `K`, which the packed shape does not determine.
         group_size: columns that share one scale.
@@ -121,7 +121,7 @@ def grouped_score(
         x: activations `(M, K)`, float32 or bfloat16.
         dy: cotangent of the outputs `(M, N)`, same dtype as `x`.
         group_sizes: `int32 (X,)`, rows of each expert.
-        trits: `uint8 (X, N, ceil(K/5))`.
+        trits: `uint8 (X, N, P)`.
         group_size: columns that share one scale.
         implementation: "xla", "triton", or None for the best that works here.
 

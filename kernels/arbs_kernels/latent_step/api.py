@@ -34,8 +34,8 @@ def latent_step(
 
     Args:
         direction: `(N, K)`, float32 or bfloat16.
-        trits: `uint8 (N, ceil(K/5))`, the leading plane of the latents (`arbs_kernels.latents`).
-        residual: `uint8 (planes - 1, N, ceil(K/5))`.
+        trits: `uint8 (N, P)`, the leading plane of the latents (`arbs_kernels.latents`).
+        residual: `uint8 (planes - 1, N, P)`.
         norm: float32 (), what the power leaves as it is: the direction's root-mean-square.
         rate: float32 (), units of the latent for an entry of one.
         seed: uint32 ().

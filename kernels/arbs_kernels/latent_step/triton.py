@@ -8,21 +8,13 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from arbs_kernels import latents, noise
+from arbs_kernels import latents
 from arbs_kernels.latent_step.reference import LARGEST
 from arbs_kernels.packed_decode.triton import power_of_plane, trit_of
-from arbs_kernels.triton_launch import launch
+from arbs_kernels.triton_launch import in_one_launch, launch
+from arbs_kernels.triton_noise import of_columns, of_rows, unit
 
-_FIRST_FACTOR, _SECOND_FACTOR = tl.constexpr(int(noise.FIRST_FACTOR)), tl.constexpr(int(noise.SECOND_FACTOR))
-_COLUMN_STRIDE = tl.constexpr(int(noise.COLUMN_STRIDE))
 _LARGEST = tl.constexpr(LARGEST)
-
-
-@triton.jit
-def _mix(bits):
-    bits = (bits ^ (bits >> 16)) * tl.full((), _FIRST_FACTOR, tl.uint32)
-    bits = (bits ^ (bits >> 15)) * tl.full((), _SECOND_FACTOR, tl.uint32)
-    return bits ^ (bits >> 16)
 
 
 @triton.jit
@@ -50,7 +42,7 @@ def _step(
     seed, offset = tl.load(words_ptr + 2 * matrix), tl.load(words_ptr + 2 * matrix + 1)
     inside = (rows < N) & (at < P)
     place = rows.to(tl.int64) * P + at
-    row_hash = _mix(rows.to(tl.uint32) ^ seed)
+    row_hash = of_rows(rows, seed)
     # The latents of the five columns, leading plane first.
     codes = (tl.load(trits_ptr + matrix * (N * P) + place, mask=inside, other=0),)
     for plane in tl.static_range(PLANES - 1):
@@ -71,9 +63,7 @@ def _step(
             size = norm * tl.exp2(POWER * tl.log2(tl.abs(d) / norm))
             d = tl.where(d > 0, size, tl.where(d < 0, -size, 0.0))
         d = tl.minimum(tl.maximum(d, -_LARGEST), _LARGEST)
-        bits = _mix(row_hash + columns.to(tl.uint32) * tl.full((), _COLUMN_STRIDE, tl.uint32)) + offset
-        dither = (bits >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
-        change = tl.floor(-rate * d + dither).to(tl.int32)
+        change = tl.floor(-rate * d + unit(of_columns(row_hash, columns) + offset)).to(tl.int32)
         v = tl.minimum(tl.maximum(v + change, -HALF), HALF)
         # Digits of v + HALF in base 3 are the trits plus one; what packing pads holds the trit 0.
         rest = tl.where(columns < K, v, 0) + HALF
@@ -104,29 +94,7 @@ def step(
     power: float,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.latent_step`."""
-    operands = (direction, trits, residual, norm, rate, seed, offset)
-    moved = _batched(power)(*(operand[None] for operand in operands))
-    return moved[0][0], moved[1][0]
-
-
-def _batched(power: float):
-    """The step of stacked matrices; mapped axes join the stack."""
-
-    @jax.custom_batching.custom_vmap
-    def run(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _launched(*operands, power=power)
-
-    @run.def_vmap
-    def mapped(size: int, batched: list[bool], *operands: jax.Array):
-        whole = [
-            operand if own else jnp.broadcast_to(operand, (size, *operand.shape))
-            for operand, own in zip(operands, batched, strict=True)
-        ]
-        stack = whole[0].shape[1]
-        out = run(*(operand.reshape(size * stack, *operand.shape[2:]) for operand in whole))
-        return tuple(leaf.reshape(size, stack, *leaf.shape[1:]) for leaf in out), (True, True)
-
-    return run
+    return in_one_launch(_launched, direction, trits, residual, norm, rate, seed, offset, power=power)
 
 
 def _launched(direction, trits, residual, norm, rate, seed, offset, *, power: float, rows: int = 4, width: int = 128):

@@ -28,7 +28,7 @@ def packed_decode(
     """`W = S * T`: the scale is rounded to `dtype`, the product is exact.
 
     Args:
-        trits: `uint8 (N, ceil(K/5))`, rows as in `arbs_kernels.codec`.
+        trits: `uint8 (N, P)`, rows as in `arbs_kernels.codec`.
         scale: `float32 (N, ceil(K/group_size))`.
         in_features: `K`, which the packed shape does not determine.
         group_size: columns that share one scale.

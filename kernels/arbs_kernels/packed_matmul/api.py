@@ -26,7 +26,7 @@ def packed_matmul(
 
     Args:
         x: activations `(M, K)`, float32 or bfloat16.
-        trits: `uint8 (N, ceil(K/5))`, rows as in `arbs_kernels.codec`.
+        trits: `uint8 (N, P)`, rows as in `arbs_kernels.codec`.
         scale: `float32 (N, ceil(K/group_size))`.
         group_size: columns that share one scale.
         implementation: "xla", "triton", or None for the best that works here.
@@ -58,7 +58,7 @@ def packed_matmul_input_gradient(
 
     Args:
         dy: cotangent `(M, N)`, float32 or bfloat16.
-        trits: `uint8 (N, ceil(K/5))`.
+        trits: `uint8 (N, P)`.
         scale: `float32 (N, ceil(K/group_size))`.
         in_features: `K`, which the packed shape does not determine.
         group_size: columns that share one scale.

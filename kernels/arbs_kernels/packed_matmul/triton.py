@@ -49,15 +49,17 @@ _SMS = 132
 def tile_of(M: int, N: int, P: int) -> Tile:
     """The tile for so many rows of x and of W."""
     sixteens = triton.cdiv(N, 16 * _SMS)
+    aligned = P % 16 == 0
     if M <= 8:
         # All programs at once, 16 to 20 warps for each multiprocessor.
-        depth_warps = 16 if sixteens == 1 else 8 if sixteens == 2 else 4
-        return Tile(1, 1, depth_warps, words=8 if sixteens == 2 else 4, direct_x=M <= 4)
+        return Tile(1, 1, 16 if sixteens <= 2 else 4, direct_x=M <= 4)
     if M <= 16:
-        return Tile(1, 1, 8, words=8, direct_x=False) if sixteens <= 2 else Tile(1, 1, 4, direct_x=False)
+        if sixteens <= 2:
+            return Tile(1, 1, 8, words=8, direct_x=False)
+        return Tile(2, 1, 4) if aligned else Tile(1, 1, 4, direct_x=False)
     # Rows that begin anywhere take more registers: two scales for each run.
-    row_tiles = 2 if P % 16 == 0 else 1
-    return Tile(row_tiles, 8, 1, splits=max(1, _SMS // triton.cdiv(N, 128 * row_tiles)), direct_x=False)
+    row_tiles, row_warps = (2, 4) if aligned else (1, 8)
+    return Tile(row_tiles, row_warps, 1, splits=max(1, _SMS // triton.cdiv(N, 128 * row_tiles)), direct_x=False)
 
 
 def fragments(x: jax.Array, P: int, cut: "Cut") -> jax.Array:

@@ -30,7 +30,7 @@ def packed_row_gather(
 
     Args:
         ids: integer row numbers of any shape; those past the last row are clamped, as JAX gathers do.
-        trits: `uint8 (N, ceil(K/5))`.
+        trits: `uint8 (N, P)`.
         scale: `float32 (N, ceil(K/group_size))`.
         in_features: `K`, the length of a row.
         group_size: columns that share one scale.

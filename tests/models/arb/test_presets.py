@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from arb_modules import TERNARY
+from fresh import packed_bytes
 
 from arbs_jax.audit import Audit, audit, require_integers
 from arbs_jax.errors import ConfigError
@@ -74,7 +75,7 @@ def test_every_preset_adds_up_by_part(name: str):
     leaves: Counter[str] = Counter()
     for *stack, rows, columns in everything:
         groups = math.prod((*stack, rows, -(-columns // 32)))
-        leaves.update(trits=math.prod((*stack, rows, -(-columns // 5))), exponent=groups, corr=8 * groups)
+        leaves.update(trits=math.prod((*stack, rows, packed_bytes(columns))), exponent=groups, corr=8 * groups)
         leaves["votes"] += 8 * math.prod(stack)
     assert {leaf: size for leaf, size in found.bytes_by_leaf.items() if leaf != MEMORY} == dict(leaves)
     require_integers(found)
