@@ -1,6 +1,7 @@
 """Where the time of the fused product of few rows goes: right first, then each tile whole, then the parts of one call.
 
     python experiments/2026_11_21_kernels/time_few_rows.py [--rows 1 16 64] [--sizes 10240 8192 4096] [--no-checks]
+        [--own-tiles] [--mosaic]
 
 One line each, as soon as it is known, each time beside the dense product of the same run; a failure is a line too.
 """
@@ -20,6 +21,9 @@ import ml_dtypes
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "2026_11_28_mosaic_few_rows"))
+
+import few_rows
 
 from arbs_kernels.codec import packed_width
 from arbs_kernels.packed_matmul import triton
@@ -48,6 +52,12 @@ CHECKED = [
     (40, 65, 1002, 64, None),
     (64, 512, 3200, 32, None),
 ]
+MOSAIC_CHECKED = [
+    (1, 64, 320, 32, "mosaic"),
+    (5, 202, 2053, 32, "mosaic"),
+    (16, 4096, 4096, 256, "mosaic"),
+    (64, 640, 3200, 96, "mosaic"),
+]
 """(M, N, K, G, tile) whose products are compared with sums in float64."""
 
 
@@ -73,7 +83,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
 
 
-def checked(M: int, N: int, K: int, group_size: int, tile: triton.Tile | None) -> str:
+def checked(M: int, N: int, K: int, group_size: int, tile: triton.Tile | str | None) -> str:
     """Largest error against float64 sums, of the sum of absolute values."""
     trits, scale = matrix(M, N, K, group_size)
     x = normal(1, M, K)
@@ -81,8 +91,11 @@ def checked(M: int, N: int, K: int, group_size: int, tile: triton.Tile | None) -
     digits = (fraction.astype(np.int64) * 3 >> 8).reshape(N, -1)[:, :K] - 1
     w = digits * np.repeat(scale.astype(ml_dtypes.bfloat16).astype(np.float64), group_size, axis=1)[:, :K]
     exact = x.astype(np.float64)
-    run = jax.jit(partial(triton.fused_by_columns, group_size=group_size, tile=tile))
-    got = run(x, trits, triton.columns_of(jnp.asarray(scale)))
+    if tile == "mosaic":
+        got = jax.jit(partial(few_rows.forward, group_size=group_size))(x, trits, scale)
+    else:
+        run = jax.jit(partial(triton.fused_by_columns, group_size=group_size, tile=tile))
+        got = run(x, trits, triton.columns_of(jnp.asarray(scale)))
     error = np.abs(np.asarray(got).astype(np.float64) - exact @ w.T) / (np.abs(exact) @ np.abs(w).T + 1e-30)
     return f"{'ok' if np.max(error) < 2**-7 else 'WRONG'}, largest error {np.max(error):.1e}"
 
@@ -165,25 +178,32 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--sizes", type=int, nargs="+", default=[10240, 8192, 4096])
     parser.add_argument("--no-checks", action="store_true")
+    parser.add_argument("--mosaic", action="store_true", help="the Mosaic kernel beside Triton's")
+    parser.add_argument("--own-tiles", action="store_true", help="only the tiles that the library chooses")
     flags = parser.parse_args()
     print(jax.devices()[0].device_kind, jax.__version__, flush=True)
-    for case in [] if flags.no_checks else CHECKED:
+    for case in [] if flags.no_checks else CHECKED + (MOSAIC_CHECKED if flags.mosaic else []):
         line(f"check {case[0]}x{case[1]}x{case[2]} G={case[3]}", partial(checked, *case))
     tiny = [(jnp.asarray(normal(1, 1, 80)), *prepared(*matrix(1, 16, 80)))]
     timed("a product of nothing much: what a launch costs", partial(triton.fused_by_columns, group_size=G), tiny)
     for N in flags.sizes:
-        matrices = [prepared(*matrix(seed, N, N)) for seed in range(4)]
+        given = [tuple(jnp.asarray(array) for array in matrix(seed, N, N)) for seed in range(4)]
+        matrices = [(trits, triton.columns_of(scale)) for trits, scale in given]
         weights = [jax.random.normal(jax.random.key(seed), (N, N), jnp.bfloat16) for seed in range(2)]
         for M in flags.rows:
             x = jax.device_put(normal(M, M, N))
             dense = timed(f"{N}: M={M} jnp.dot", lambda x, w: jnp.dot(x, w.T), [(x, w) for w in weights])
-            tiles = TILES.get((M, N), [triton.tile_of(M, N, packed_width(N))])
+            chosen = [triton.tile_of(M, N, packed_width(N))]
+            tiles = chosen if flags.own_tiles else TILES.get((M, N), chosen)
             for tile in tiles:
                 cut = ", ".join(
                     f"{name}={value}" for name, value in vars(tile).items() if value != getattr(Tile, name, 0)
                 )
                 run = partial(triton.fused_by_columns, group_size=G, tile=tile)
                 timed(f"{N}: M={M} {cut}", run, [(x, *both) for both in matrices], dense)
+            if flags.mosaic:
+                by_run = [(trits, few_rows.scales_by_run(scale, trits.shape[1], G)) for trits, scale in given]
+                timed(f"{N}: M={M} Mosaic", few_rows.few_rows, [(x, *both) for both in by_run], dense)
             if M > 1 and flags.sizes[0] == N:
                 parts(N, M, tiles[0], matrices)
 

@@ -7,9 +7,10 @@ issued before those after it.
 
 # ruff: noqa: RUF005  Triton's compiler knows no unpacking.
 
-import numpy as np
 import triton
 import triton.language as tl
+
+from arbs_kernels.packed_matmul.five_planes import FIVE_PLANES
 
 FAR = tl.constexpr(2**30)
 """A place before no limit, and a limit after all other places."""
@@ -17,40 +18,7 @@ NO_TRITS = tl.constexpr(0x80808080)
 """Four codes of five zeros."""
 
 
-def _halves(value: float) -> str:
-    """A half-precision number in both halves of a register."""
-    return f"0x{int(np.float16(value).view(np.uint16)) * 0x10001:08X}"
-
-
-def _planes_of_pair(pair: str, half: int) -> str:
-    """From two codes, the half-precision numbers `1024 + code`: two times each trit, lowest plane first.
-
-    Numbers between 2^11 and 2^12 are the even ones: sums round to `u_i = 2 (I_i + b_i)`. With `b_i = 3 b_(i-1) - 2048`
-    no sum here leaves the even numbers up to 2^12 in size, so all others are exact. Two is written alike in
-    half precision and in bfloat16.
-    """
-    code = []
-    base = 1026
-    for plane in range(5):
-        u, last, power = f"u{plane % 2}", f"u{1 - plane % 2}", 3 ** (plane + 1)
-        code.append(f"mov.b32 k, {_halves(power / 128)}; mov.b32 l, {_halves(2 * base - 1 - 8 * power)};")
-        code.append(f"fma.rn.f16x2 {u}, {pair}, k, l;")
-        if plane == 0:
-            code.append(f"mov.b32 {last}, {_halves(-2 * base - 2)};")
-        else:
-            code.append(f"mov.b32 k, {_halves(-3)}; mov.b32 l, {_halves(4094)}; fma.rn.f16x2 {last}, {last}, k, l;")
-        code.append(f"add.rn.f16x2 ${2 * plane + half}, {u}, {last};")
-        base = 3 * base - 2048
-    return " ".join(code)
-
-
-_FIVE_PLANES = tl.constexpr(
-    "{ .reg .b32 a, b, k, l, u0, u1; prmt.b32 a, $10, 0x64646464, 0x4140; prmt.b32 b, $10, 0x64646464, 0x4342; "
-    + _planes_of_pair("a", 0)
-    + " "
-    + _planes_of_pair("b", 1)
-    + " }"
-)
+_FIVE_PLANES = tl.constexpr(FIVE_PLANES)
 # Products are fused multiply-adds with -0, which every GPU since Ampere has.
 _SCALED = tl.constexpr("{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }")
 # All bits from $1 on: none from 32 on, all from 0 on and before.
