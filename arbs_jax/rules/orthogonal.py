@@ -30,8 +30,8 @@ _EXACT_END = (
     (1.5, -0.5, 0.0),
 )
 _LONG = 1.5
-"""From so many times as long as wide on, three iterations on the Gram matrix, 11 products of small squares and two with
-the whole matrix, are fewer operations than on the matrix itself, three and six."""
+"""From so many times as long as wide on, three iterations on the Gram matrix, which are nine products of small squares
+and two with the whole matrix, are fewer operations than on the matrix itself: three and six."""
 _RIDGE = 1e-6
 """The square of the least singular value that the polynomials bring up."""
 _TINY = 1e-30

@@ -1,5 +1,6 @@
 """Calling `arbs` in this process and in others, and reading what it left behind."""
 
+import re
 import subprocess
 import sys
 import time
@@ -93,3 +94,11 @@ def tags(run: Path) -> dict[str, int]:
     """{name: step} of a run's named checkpoints."""
     with Checkpointer(run / "checkpoints") as reader:
         return reader.tags()
+
+
+def compiled(out: str) -> dict[str, bool]:
+    """{what: whether it was compiled, not read from the cache}, from the output of warmup or train."""
+    found = re.findall(
+        r"(training step|initial state|validation|state)\W+(?:in )?[\d.]+ s \((compiled|from the cache)", out
+    )
+    return {what: how == "compiled" for what, how in found}

@@ -1,10 +1,4 @@
-"""The sweep equals the textbook step on the whole model, in integers; its memory does not grow with the weights."""
-
-import os
-import subprocess
-import sys
-from functools import partial
-from pathlib import Path
+"""The sweep equals the textbook step on the whole model, in integers."""
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +12,8 @@ from arbs_jax import Integral, TernaryConfig, matrix_specs, update, value_and_vo
 from arbs_jax.errors import ConfigError
 from arbs_jax.models import ByteLM, ModelConfig, cross_entropy
 from arbs_jax.models.byte_stages import byte_stages
-from arbs_jax.rules import RuleConfig, Schedule, default_group_size, make_rule
+from arbs_jax.rules import Schedule
 from arbs_jax.training.layerwise import Sweep
-
-# Buffers are assigned before LLVM sees the program: memory is, to the byte, that of a thorough compilation.
 
 STEP = jnp.int32(3)
 KEY = jax.random.key(0)
@@ -240,84 +232,3 @@ def test_the_byte_model_in_stages_is_the_byte_model(tied):
     got, swept, *_ = built.sweep(built.ternary, built.tokens, STEP, KEY, jnp.asarray(False))
     np.testing.assert_allclose(swept, value, rtol=1e-5)
     assert_trees_equal(got, expected)
-
-
-def toy_memory(layers, width, rows):
-    """The toy chain on one row of activations: (what a sweep is compiled from, its state, its batch)."""
-    assert rows == 1
-    ternary = jax.eval_shape(lambda: toy_chain.state(layers=layers, width=width))
-    batch = {name: jax.ShapeDtypeStruct((1, 1, width), jnp.float32) for name in ("x", "y")}
-    return (toy_chain.stages(width=width), RULE, toy_chain.specs(width=width)), ternary, batch
-
-
-def byte_memory(layers, width, rows, rule="integral"):
-    """The byte model on one sequence of `rows` bytes; its matrices have two shapes, so that little is compiled."""
-    heads = width // 64
-    shape = {"heads": heads, "kv_heads": heads, "head_dim": 64, "hidden": width, "tied": True}
-    config = ModelConfig(width=width, layers=layers, context=rows, **shape)
-    common = TernaryConfig(
-        rule=make_rule(RuleConfig(rule), steps=100, votes_per_step=1), group_size=default_group_size(rule)
-    )
-    model = ByteLM(config, common)
-    tokens = jnp.zeros((1, rows), jnp.int32)
-    ternary = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["ternary"])
-    batch = jax.ShapeDtypeStruct((1, 1, rows + 1), jnp.uint8)
-    return (byte_stages(config, common), common.rule, matrix_specs(model, tokens)), ternary, batch
-
-
-def temporaries(build, rows, layers, width=256, **changes):
-    """Bytes of temporaries of a compiled sweep, whose donated state is updated in place, and of the state."""
-    arguments, ternary, batch = build(layers, width, rows)
-    scalars = (jax.ShapeDtypeStruct((), jnp.int32), KEY, jax.ShapeDtypeStruct((), jnp.bool))
-    memory = jitted(*arguments, donate=0, **changes).lower(ternary, batch, *scalars).compile().memory_analysis()
-    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(ternary))
-    assert memory.alias_size_in_bytes >= state
-    return memory.temp_size_in_bytes, state
-
-
-@pytest.mark.parametrize(
-    ("build", "rows", "together"),
-    [
-        pytest.param(toy_memory, 1, 1, id="toy"),
-        pytest.param(byte_memory, 8, 1, id="integral"),
-        pytest.param(partial(byte_memory, rule="latent10"), 32, 1, id="latent10", marks=pytest.mark.slow),
-        pytest.param(toy_memory, 1, 2, id="toy-together"),
-        pytest.param(partial(byte_memory, rule="latent10"), 32, 2, id="latent10-together", marks=pytest.mark.slow),
-        pytest.param(partial(byte_memory, rule="latent4"), 32, 1, id="latent4", marks=pytest.mark.slow),
-        pytest.param(partial(byte_memory, rule="latent18"), 32, 1, id="latent18", marks=pytest.mark.slow),
-    ],
-)
-def test_memory_grows_with_depth_by_the_kept_inputs_alone(build, rows, together):
-    """Weights dominate: hundreds of thousands a layer, a few rows of activations; and the gradient, latents and
-    momentum that a rule makes of one layer are gone before those of the next."""
-    # A loop of one turn is no loop, and what a few turns keep may fit between other arrays: the few layers are five.
-    width, shallow, deep = 256, 5 * together, 8 * together
-    few, many = (temporaries(build, rows, layers, layers_at_once=together)[0] for layers in (shallow, deep))
-    kept = (deep - shallow) * rows * width * 4
-    # Beyond the kept inputs, nothing but alignment: 64 bytes a layer would be generous.
-    assert kept <= many - few <= kept + (deep - shallow) * 64
-
-
-@pytest.mark.slow
-def test_kept_activations_bring_no_copy_of_the_state():
-    """Backward finds the state where it is: what a layer keeps is its activations, here a hundredth of its state."""
-    (few, small), (many, large) = (temporaries(toy_memory, 1, layers, remat=False) for layers in (2, 8))
-    assert 0 < many - few < (large - small) / 20
-
-
-@pytest.mark.slow
-def test_shards_equal_micro_batches():
-    """shard_map and pmap over two devices, in a process of its own: the number of devices is fixed at its start."""
-    script = Path(__file__).with_name("two_devices.py")
-    folders = [str(script.parent), str(script.parent.parent), *sys.path]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": os.pathsep.join(folders),
-    }
-    result = subprocess.run(
-        [sys.executable, "-W", "error", str(script)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["shard_map", "pmap", "sampling", "latent", "poison", "tables"]

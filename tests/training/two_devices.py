@@ -1,4 +1,4 @@
-"""Run by test_layerwise with two host devices: the state of two shards is that of two micro-batches, bit for bit."""
+"""Run by test_shards with two host devices: the state of two shards is that of two micro-batches, bit for bit."""
 
 from functools import partial
 
