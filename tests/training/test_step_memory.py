@@ -57,7 +57,7 @@ def temporaries(build, rows, layers, width=256, **changes):
     ("build", "rows", "together"),
     [
         pytest.param(toy_memory, 1, 1, id="toy"),
-        pytest.param(byte_memory, 8, 1, id="integral"),
+        pytest.param(byte_memory, 8, 1, id="integral", marks=pytest.mark.slow),
         pytest.param(partial(byte_memory, rule="latent10"), 32, 1, id="latent10", marks=pytest.mark.slow),
         pytest.param(toy_memory, 1, 2, id="toy-together"),
         pytest.param(partial(byte_memory, rule="latent10"), 32, 2, id="latent10-together", marks=pytest.mark.slow),
