@@ -52,13 +52,14 @@ CHECKED = [
     (40, 65, 1002, 64, None),
     (64, 512, 3200, 32, None),
 ]
+"""(M, N, K, G, tile) whose products are compared with sums in float64."""
 MOSAIC_CHECKED = [
     (1, 64, 320, 32, "mosaic"),
     (5, 202, 2053, 32, "mosaic"),
     (16, 4096, 4096, 256, "mosaic"),
     (64, 640, 3200, 96, "mosaic"),
 ]
-"""(M, N, K, G, tile) whose products are compared with sums in float64."""
+"""The same, by the Mosaic kernel."""
 
 
 def line(what: str, test: Callable[[], str]) -> None:
@@ -151,7 +152,7 @@ def timed(
     return took[0] if took else None
 
 
-def prepared(trits: np.ndarray, scale: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def prepared(trits: np.ndarray | jax.Array, scale: np.ndarray | jax.Array) -> tuple[jax.Array, jax.Array]:
     """A matrix on the device, its scales as the kernel reads them."""
     return jnp.asarray(trits), triton.columns_of(jnp.asarray(scale))
 
@@ -188,7 +189,7 @@ def main() -> None:
     timed("a product of nothing much: what a launch costs", partial(triton.fused_by_columns, group_size=G), tiny)
     for N in flags.sizes:
         given = [tuple(jnp.asarray(array) for array in matrix(seed, N, N)) for seed in range(4)]
-        matrices = [(trits, triton.columns_of(scale)) for trits, scale in given]
+        matrices = [prepared(*both) for both in given]
         weights = [jax.random.normal(jax.random.key(seed), (N, N), jnp.bfloat16) for seed in range(2)]
         for M in flags.rows:
             x = jax.device_put(normal(M, M, N))

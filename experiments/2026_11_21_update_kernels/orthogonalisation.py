@@ -2,7 +2,8 @@
 
     python experiments/2026_11_21_update_kernels/orthogonalisation.py
 
-`byte-0.4m`, 1000 steps of 16 x 64 bytes of pydoc, float32, seeds 0 and 1; on two CPU cores, two minutes a variant.
+A variant is `POLYNOMIALS[:BLOCKS[:frobenius]]`. `byte-0.4m`, 1000 steps of 16 x 64 bytes of pydoc, float32, seeds 0 and
+1; on two CPU cores, two minutes a variant.
 """
 
 import argparse
@@ -67,10 +68,10 @@ def iteration(polynomials: Polynomials, norm: str, blocks: int) -> Callable[[jax
     return orthogonalise
 
 
-def main() -> None:
-    """Trains the variants, prints a line each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="POLYNOMIALS[:BLOCKS[:frobenius]]")
+def flags(description: str | None, variants: list[str]) -> argparse.ArgumentParser:
+    """What is trained, and on what."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--variants", nargs="+", default=variants)
     parser.add_argument("--preset", default="byte-0.4m")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=16)
@@ -78,17 +79,30 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--corpus", default="pydoc")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    args = parser.parse_args()
+    return parser
+
+
+def train(args: argparse.Namespace, install: Callable[[str], None]) -> None:
+    """Trains `latent10` with each variant, which `install` puts into the library, and prints a line each."""
     windows = 256 if args.preset == "byte-0.4m" else 512
     setting = Setting(args.preset, args.steps, args.batch, args.context, dtype=args.dtype, windows=windows)
     data = Data(setting, {args.corpus: load(args.corpus)})
     runs = [Run(args.corpus, seed) for seed in args.seeds]
     for name in args.variants:
+        install(name)
+        losses = [outcome.val_loss for outcome in train_rule(setting, "latent10", data, runs)[0]]
+        print(f"{np.mean(losses):.4f}  {', '.join(f'{loss:.4f}' for loss in losses)}  {name}", flush=True)
+
+
+def main() -> None:
+    """Trains the variants, prints a line each."""
+
+    def install(name: str) -> None:
         given = name.split(":")
         polynomials, blocks, norm = given + ["1", "gram"][len(given) - 1 :]
         latent.newton_schulz = iteration(VARIANTS[polynomials], norm, int(blocks))
-        losses = [outcome.val_loss for outcome in train_rule(setting, "latent10", data, runs)[0]]
-        print(f"{np.mean(losses):.4f}  {', '.join(f'{loss:.4f}' for loss in losses)}  {name}", flush=True)
+
+    train(flags(__doc__, list(VARIANTS)).parse_args(), install)
 
 
 if __name__ == "__main__":

@@ -159,8 +159,9 @@ def main() -> None:
             args.out.mkdir(parents=True, exist_ok=True)
             each = [(name, spent / STEPS / 1e6, launches[name] / STEPS, *origin.get(name, ("?", 0)))
                     for name, spent in times.most_common()]  # fmt: skip
-            (args.out / f"{arm.replace(':', '_')}.json").write_text("\n".join(map(json.dumps, each)))
-            (args.out / f"{arm.replace(':', '_')}.hlo.gz").write_bytes(gzip.compress(text.encode()))
+            stem = arm.replace(":", "_")
+            (args.out / f"{stem}.json").write_text("\n".join(map(json.dumps, each)))
+            (args.out / f"{stem}.hlo.gz").write_bytes(gzip.compress(text.encode()))
         table = Table(title=f"{arm}, {args.preset}, remat {args.remat}: {span / STEPS / 1e6:.2f} ms/step, "
                       f"{sum(launches.values()) / STEPS:.0f} kernels", title_justify="left")  # fmt: skip
         for column in ("where", "source", "ms", "kernels"):

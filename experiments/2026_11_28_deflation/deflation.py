@@ -1,4 +1,4 @@
-"""Must the whole step be orthogonalised, or only what the momentum holds? Validation loss of a latent rule.
+"""Must the whole step be orthogonalised, or only what the momentum holds? Validation loss of `latent10`.
 
     python experiments/2026_11_28_deflation/deflation.py --variants whole polar:0:1 polar:1:1
 
@@ -7,7 +7,6 @@ of one, how many quintic iterations the rest gets, and the weight of the rest at
 one. `whole` is Newton-Schulz on the whole step.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "2026_11_20_rules"))
-from corpora import load
-from harness import Data, Run, Setting, train_rule
+sys.path.insert(0, str(Path(__file__).parent.parent / "2026_11_21_update_kernels"))
+from orthogonalisation import JORDAN, flags, train
 
 from arbs_jax.rules import latent, momentum
 from arbs_jax.rules.noise import white
-from arbs_jax.rules.orthogonal import _FAST, _gram, _polynomials, orthonormal_columns
+from arbs_jax.rules.orthogonal import _FAST, _gram, _polynomials, _product, orthonormal_columns
 
-JORDAN = (3.4445, -4.7750, 2.0315)
 TINY = 1e-30
 
 
@@ -33,7 +29,7 @@ def polar(x: jax.Array) -> jax.Array:
     """Singular values of a tall matrix brought near one on its small Gram matrix, largest kept below it first."""
     gram = _gram(x)
     bound = 1 / (jnp.linalg.norm(gram) + TINY)
-    return x @ (_polynomials(gram * bound, _FAST) * jnp.sqrt(bound))
+    return x @ (_polynomials(gram * bound, _FAST, _product) * jnp.sqrt(bound))
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -96,32 +92,17 @@ def deflated(inner: str, iterations: int, weight: float) -> Callable[..., Any]:
 
 def main() -> None:
     """Trains the variants, prints a line each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--variants", nargs="+", default=["whole", "polar:0:1", "polar:1:1"])
-    parser.add_argument("--rule", default="latent10")
-    parser.add_argument("--rate", type=float)
-    parser.add_argument("--preset", default="byte-0.4m")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--context", type=int, default=64)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--corpus", default="pydoc")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    args = parser.parse_args()
-    windows = 256 if args.preset == "byte-0.4m" else 512
-    setting = Setting(args.preset, args.steps, args.batch, args.context, dtype=args.dtype, windows=windows)
-    data = Data(setting, {args.corpus: load(args.corpus)})
-    runs = [Run(args.corpus, seed) for seed in args.seeds]
     kept = momentum.LowRankMomentum.advance, latent.newton_schulz
-    for name in args.variants:
+
+    def install(name: str) -> None:
         if name == "whole":
             momentum.LowRankMomentum.advance, latent.newton_schulz = kept
-        else:
-            inner, iterations, weight = name.split(":")
-            momentum.LowRankMomentum.advance = deflated(inner, int(iterations), float(weight))
-            latent.newton_schulz = lambda d: d
-        losses = [outcome.val_loss for outcome in train_rule(setting, args.rule, data, runs, args.rate)[0]]
-        print(f"{np.mean(losses):.4f}  {', '.join(f'{loss:.4f}' for loss in losses)}  {args.rule} {name}", flush=True)
+            return
+        inner, iterations, weight = name.split(":")
+        momentum.LowRankMomentum.advance = deflated(inner, int(iterations), float(weight))
+        latent.newton_schulz = lambda d: d
+
+    train(flags(__doc__, ["whole", "polar:0:1", "polar:1:1"]).parse_args(), install)
 
 
 if __name__ == "__main__":

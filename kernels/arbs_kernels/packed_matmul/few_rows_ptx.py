@@ -17,7 +17,6 @@ FAR = tl.constexpr(2**30)
 NO_TRITS = tl.constexpr(0x80808080)
 """Four codes of five zeros."""
 
-
 _FIVE_PLANES = tl.constexpr(FIVE_PLANES)
 # Products are fused multiply-adds with -0, which every GPU since Ampere has.
 _SCALED = tl.constexpr("{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }")
