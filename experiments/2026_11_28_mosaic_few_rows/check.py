@@ -24,7 +24,7 @@ from arbs_kernels.codec import pack_rows, packed_width
 from arbs_kernels.packed_matmul import reference
 from arbs_kernels.shapes import group_count
 
-SHAPES = ((1, 64, 320, 32), (5, 202, 2053, 32), (16, 130, 2048, 256), (9, 64, 2560, 64), (64, 640, 3200, 96))
+SHAPES = ((1, 64, 320, 32), (5, 208, 2053, 32), (16, 136, 2048, 256), (9, 64, 2560, 64), (64, 640, 3200, 96))
 """(M, N, K, G)"""
 
 

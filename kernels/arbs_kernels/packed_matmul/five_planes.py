@@ -30,12 +30,15 @@ def _planes_of_pair(pair: str, half: int) -> str:
     return " ".join(code)
 
 
-FIVE_PLANES = (
-    "{ .reg .b32 a, b, k, l, u0, u1; prmt.b32 a, $10, 0x64646464, 0x4140; prmt.b32 b, $10, 0x64646464, 0x4342; "
-    + _planes_of_pair("a", 0)
-    + " "
-    + _planes_of_pair("b", 1)
-    + " }"
-)
+def _five_planes(low: str, high: str) -> str:
+    """With the code of both pairs: the registers where they are, and the bytes of those."""
+    registers = "{ .reg .b32 a, b, k, l, u0, u1; "
+    pairs = "".join(f"prmt.b32 {name}, {at}; " for name, at in (("a", low), ("b", high)))
+    return registers + pairs + _planes_of_pair("a", 0) + " " + _planes_of_pair("b", 1) + " }"
+
+
+FIVE_PLANES = _five_planes("$10, 0x64646464, 0x4140", "$10, 0x64646464, 0x4342")
 """From four codes in $10, lowest column first, two times each trit in half precision and in bfloat16 alike: those of
 the lower two codes in plane `i` in `$(2i)`, of the upper two in `$(2i + 1)`."""
+FIVE_PLANES_OF_PAIRS = _five_planes("$10, 0x64646464, 0x4140", "$11, 0x64646464, 0x4140")
+"""The same of the two codes in the lower half of $10, and the two of $11."""
