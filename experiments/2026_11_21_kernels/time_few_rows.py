@@ -21,12 +21,9 @@ import ml_dtypes
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "2026_11_28_mosaic_few_rows"))
-
-import few_rows
-
 from arbs_kernels.codec import packed_width
-from arbs_kernels.packed_matmul import triton
+from arbs_kernels.packed_matmul import mosaic_gpu, triton
+from arbs_kernels.packed_matmul.scale_columns import columns_of
 
 G = 32
 Tile = triton.Tile
@@ -93,10 +90,10 @@ def checked(M: int, N: int, K: int, group_size: int, tile: triton.Tile | str | N
     w = digits * np.repeat(scale.astype(ml_dtypes.bfloat16).astype(np.float64), group_size, axis=1)[:, :K]
     exact = x.astype(np.float64)
     if tile == "mosaic":
-        got = jax.jit(partial(few_rows.forward, group_size=group_size))(x, trits, scale)
+        got = jax.jit(partial(mosaic_gpu.forward, group_size=group_size))(x, trits, scale)
     else:
         run = jax.jit(partial(triton.fused_by_columns, group_size=group_size, tile=tile))
-        got = run(x, trits, triton.columns_of(jnp.asarray(scale)))
+        got = run(x, trits, columns_of(jnp.asarray(scale)))
     error = np.abs(np.asarray(got).astype(np.float64) - exact @ w.T) / (np.abs(exact) @ np.abs(w).T + 1e-30)
     return f"{'ok' if np.max(error) < 2**-7 else 'WRONG'}, largest error {np.max(error):.1e}"
 
@@ -158,7 +155,7 @@ def timed(
 
 def prepared(trits: np.ndarray | jax.Array, scale: np.ndarray | jax.Array) -> tuple[jax.Array, jax.Array]:
     """A matrix on the device, its scales as the kernel reads them."""
-    return jnp.asarray(trits), triton.columns_of(jnp.asarray(scale))
+    return jnp.asarray(trits), columns_of(jnp.asarray(scale))
 
 
 def parts(N: int, M: int, tile: triton.Tile, matrices: Sequence[tuple[jax.Array, jax.Array]]) -> None:
@@ -207,8 +204,8 @@ def main() -> None:
                 run = partial(triton.fused_by_columns, group_size=G, tile=tile)
                 timed(f"{N}: M={M} {cut}", run, [(x, *both) for both in matrices], dense)
             if flags.mosaic:
-                by_run = [(trits, few_rows.scales_by_run(scale, trits.shape[1], G)) for trits, scale in given]
-                timed(f"{N}: M={M} Mosaic", few_rows.few_rows, [(x, *both) for both in by_run], dense)
+                by_run = [(trits, mosaic_gpu.scales_by_run(scale, trits.shape[1], G)) for trits, scale in given]
+                timed(f"{N}: M={M} Mosaic", mosaic_gpu.few_rows_by_run, [(x, *both) for both in by_run], dense)
             if M > 1 and flags.sizes[0] == N:
                 parts(N, M, tiles[0], matrices)
 

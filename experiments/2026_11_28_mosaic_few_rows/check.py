@@ -12,7 +12,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import few_rows
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "2026_11_21_update_kernels"))
 
 from arbs_kernels import backends
 from arbs_kernels.codec import pack_rows, packed_width
-from arbs_kernels.packed_matmul import reference
+from arbs_kernels.packed_matmul import mosaic_gpu, reference
 from arbs_kernels.shapes import group_count
 
 SHAPES = ((1, 64, 320, 32), (5, 208, 2053, 32), (16, 136, 2048, 256), (9, 64, 2560, 64), (64, 640, 3200, 96))
@@ -35,7 +34,7 @@ def simulate(M: int, N: int, K: int, group_size: int) -> str:
     scale = jnp.asarray(np.exp2(rng.uniform(-4, 0, (N, group_count(K, group_size)))), jnp.bfloat16)
     x = jnp.asarray(rng.standard_normal((M, K)), jnp.bfloat16)
     with backends.interpreted():
-        got = jax.jit(partial(few_rows.forward, group_size=group_size))(x, trits, scale.astype(jnp.float32))
+        got = jax.jit(partial(mosaic_gpu.forward, group_size=group_size))(x, trits, scale.astype(jnp.float32))
     expected = reference.forward(x.astype(jnp.float32), trits, scale.astype(jnp.float32), group_size=group_size)
     error = float(jnp.max(jnp.abs(got - expected)) / jnp.max(jnp.abs(expected)))
     return f"{'ok' if error < 2**-8 else 'WRONG'}, {error:.1e}"
@@ -45,13 +44,13 @@ def compiled(M: int, N: int, K: int, group_size: int) -> str:
     """How the kernel is cut."""
     from kernels_of_step import target  # it wants jax[cuda13]
 
-    few_rows.check_hopper = lambda *_: None
-    few_rows.multiprocessors = lambda: 132
+    mosaic_gpu.check_hopper = lambda *_: None
+    mosaic_gpu.multiprocessors = lambda: 132
     P, device = packed_width(K), target()
     shapes = (((M, K), jnp.bfloat16), ((N, P), jnp.uint8), ((N, group_count(K, group_size)), jnp.float32))
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=device) for shape, dtype in shapes]
-    jax.jit(partial(few_rows.forward, group_size=group_size)).lower(*arguments).compile()
-    return str(few_rows.cut_of(N, P, -(-M // 8) * 8))
+    jax.jit(partial(mosaic_gpu.forward, group_size=group_size)).lower(*arguments).compile()
+    return str(mosaic_gpu.cut_of(N, P, -(-M // 8) * 8))
 
 
 def main() -> None:

@@ -7,11 +7,9 @@ With `--halves`, also the kernel without its products, and without its decoding:
 
 import argparse
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import few_rows
 import jax
 import jax.numpy as jnp
 
@@ -20,22 +18,22 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "2026_11_21_kernels"))
 import time_few_rows as timing
 
 from arbs_kernels.codec import packed_width
-from arbs_kernels.packed_matmul import triton
+from arbs_kernels.packed_matmul import mosaic_gpu, triton
 
-CALLS = 8
+CALLS = 6
 """Of a program."""
 
 
 def no_products(total, weights, x_ref):
-    """In place of `few_rows.added`: weights are used, but not multiplied."""
-    few_rows.plgpu.wgmma(total, sum(weights[1:], weights[0]), x_ref.at[0].transpose((1, 0)))
+    """In place of `mosaic_gpu.added`: weights are used, but not multiplied."""
+    mosaic_gpu.plgpu.wgmma(total, sum(weights[1:], weights[0]), x_ref.at[0].transpose((1, 0)))
     return total
 
 
 def no_decoding(trits_ref, scale_ref, run, width):
-    """In place of `few_rows.weights_of`."""
-    one = few_rows.plgpu.layout_cast(
-        jnp.full((few_rows.WARPGROUP_ROWS, few_rows.RUN), 0.5, jnp.bfloat16), few_rows.plgpu.Layout.WGMMA
+    """In place of `mosaic_gpu.weights_of`."""
+    one = mosaic_gpu.plgpu.layout_cast(
+        jnp.full((mosaic_gpu.WARPGROUP_ROWS, mosaic_gpu.RUN), 0.5, jnp.bfloat16), mosaic_gpu.plgpu.Layout.WGMMA
     )
     return (one,) * 5
 
@@ -54,7 +52,7 @@ def main() -> None:
         P = packed_width(N)
         given = [tuple(jnp.asarray(array) for array in timing.matrix(seed, N, N)) for seed in range(4)]
         columns = [timing.prepared(*both) for both in given]
-        by_run = [(trits, few_rows.scales_by_run(scale, P, timing.G)) for trits, scale in given]
+        by_run = [(trits, mosaic_gpu.scales_by_run(scale, P, timing.G)) for trits, scale in given]
         weights = [jax.random.normal(jax.random.key(seed), (N, N), jnp.bfloat16) for seed in range(2)]
         for M in flags.rows:
             x = jax.device_put(timing.normal(M, M, N))
@@ -62,21 +60,19 @@ def main() -> None:
             tile = triton.tile_of(M, N, P)
             run = partial(triton.fused_by_columns, group_size=timing.G, tile=tile)
             timing.timed(f"{N}: M={M} Triton", run, [(x, *both) for both in columns], dense, CALLS)
+            wide = -(-M // 8) * 8
+            sets = [(x, *both) for both in by_run]
             for warpgroups in (2, 3, 4):
-                for held in (False, True):
-                    cut = replace(few_rows.cut_of(N, P, -(-M // 8) * 8, warpgroups), held=held)
-                    what = f"{N}: M={M} Mosaic {warpgroups} {cut.steps}x{cut.splits} {cut.ahead}{' held' * held}"
-                    sets = [(x, *both) for both in by_run]
-                    timing.timed(what, partial(few_rows.few_rows, cut=cut), sets, dense, CALLS)
-            if flags.halves and N == flags.sizes[0]:
-                cut = replace(few_rows.cut_of(N, P, -(-M // 8) * 8, 3), held=False)
+                cut = mosaic_gpu.cut_with(warpgroups, N, P, wide)
+                chosen = " (chosen)" if cut == mosaic_gpu.cut_of(N, P, wide) else ""
+                what = f"{N}: M={M} Mosaic {warpgroups} {cut.steps}x{cut.splits} {cut.ahead}{chosen}"
+                timing.timed(what, partial(mosaic_gpu.few_rows_by_run, cut=cut), sets, dense, CALLS)
+            if flags.halves and flags.sizes[0] == N:
                 for name, stand_in in (("added", no_products), ("weights_of", no_decoding)):
-                    real = getattr(few_rows, name)
-                    setattr(few_rows, name, stand_in)
-                    sets = [(x, *both) for both in by_run]
-                    what = f"{N}: M={M} {stand_in.__name__}"
-                    timing.timed(what, lambda *given, cut=cut: few_rows.few_rows(*given, cut=cut), sets, dense, CALLS)
-                    setattr(few_rows, name, real)
+                    real = getattr(mosaic_gpu, name)
+                    setattr(mosaic_gpu, name, stand_in)
+                    timing.timed(f"{N}: M={M} {stand_in.__name__}", mosaic_gpu.few_rows_by_run, sets, dense, CALLS)
+                    setattr(mosaic_gpu, name, real)
 
 
 if __name__ == "__main__":

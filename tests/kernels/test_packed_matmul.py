@@ -1,6 +1,8 @@
 """The packed product and its input gradient against NumPy in float64, for every implementation."""
 
+import contextlib
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,9 @@ import pytest
 from support import activations, product_bound, random_matrix
 
 from arbs_kernels import backends
-from arbs_kernels.cases import SMALL_CASES
-from arbs_kernels.packed_matmul import packed_matmul, packed_matmul_input_gradient
+from arbs_kernels.cases import SMALL_CASES, Case
+from arbs_kernels.packed_matmul import mosaic_gpu, packed_matmul, packed_matmul_input_gradient
+from arbs_kernels.packed_matmul.scale_columns import columns_of
 from arbs_kernels.selection import UnsupportedError
 from arbs_kernels.shapes import GROUP_SIZES
 
@@ -91,6 +94,95 @@ class TestXla(PackedMatmul):
 @pytest.mark.skipif(backends.triton_missing() is not None, reason=f"needs {backends.triton_missing()}")
 class TestTriton(PackedMatmul):
     implementation = "triton"
+
+
+FEW_ROWS = (
+    Case(1, 64, 320, 32, "two runs of one warpgroup"),
+    Case(5, 24, 2053, 32, "an odd number of runs, columns past the last"),
+    Case(9, 192, 640, 64, "groups of two runs, two warpgroups a block"),
+    Case(16, 136, 2048, 256, "groups of many runs, rows past the last"),
+    Case(64, 640, 1600, 96, "groups that cross from one plane into the next, most rows of x"),
+)
+
+
+@pytest.mark.skipif(0.0 < backends.compute_capability() < 9.0, reason="needs Hopper, or a CPU to simulate it")
+class TestMosaicGpu:
+    """Few rows of bfloat16 alone; on Hopper as it is, simulated on a CPU."""
+
+    @pytest.fixture(autouse=True)
+    def simulated(self):
+        with contextlib.nullcontext() if backends.compute_capability() else backends.interpreted():
+            yield
+
+    def run(self, x, matrix, group_size):
+        product = partial(packed_matmul, group_size=group_size, implementation="mosaic_gpu")
+        return jax.jit(product)(jnp.asarray(x, jnp.bfloat16), matrix.trits, matrix.scale)
+
+    @pytest.mark.parametrize("case", FEW_ROWS, ids=str)
+    def test_products(self, case):
+        rng = np.random.default_rng([1, case.products])
+        matrix = random_matrix(rng, case.out_features, case.in_features, case.group_size)
+        x, exact_x = activations(rng, (case.rows, case.in_features), "bfloat16")
+        y = self.run(x, matrix, case.group_size)
+        assert y.dtype == jnp.bfloat16
+        assert_within(y, exact_x @ matrix.weight.T, product_bound(exact_x, matrix.weight.T, "bfloat16"))
+
+    def test_the_identity_yields_the_weight(self):
+        """Every weight is where it belongs, rounded to bfloat16."""
+        matrix = random_matrix(np.random.default_rng(3), 72, 160, 32)
+        rows = [self.run(x, matrix, 32) for x in np.split(np.eye(160), 4)]
+        np.testing.assert_array_equal(np.concatenate(rows), matrix.weight.T.astype(jnp.bfloat16), strict=True)
+
+    def test_mapped(self):
+        rng = np.random.default_rng(6)
+        matrices = [random_matrix(rng, 8, 160, 32) for _ in range(2)]
+        x, exact_x = activations(rng, (2, 3, 160), "bfloat16")
+        stacked = [jnp.stack([getattr(matrix, name) for matrix in matrices]) for name in ("trits", "scale")]
+        y = jax.vmap(partial(packed_matmul, group_size=32, implementation="mosaic_gpu"))(x, *stacked)
+        for one, exact, matrix in zip(y, exact_x, matrices, strict=True):
+            assert_within(one, exact @ matrix.weight.T, product_bound(exact, matrix.weight.T, "bfloat16"))
+
+    @pytest.mark.parametrize(
+        ("rows", "shape", "group_size", "dtype", "message"),
+        [
+            (1, (8, 160), 32, "float32", "takes bfloat16, got float32"),
+            (65, (8, 160), 32, "bfloat16", "takes at most 64 rows of x, got 65"),
+            (1, (12, 160), 32, "bfloat16", "takes a multiple of 8 rows of trits, got 12"),
+            (1, (8, 165), 32, "bfloat16", "takes rows of a multiple of 32 bytes, got 33"),
+            (1, (8, 160), 16, "bfloat16", "takes group sizes that are multiples of 32, got 16"),
+        ],
+    )
+    def test_refuses(self, rows, shape, group_size, dtype, message):
+        matrix = random_matrix(np.random.default_rng(7), *shape, group_size)
+        x = jnp.ones((rows, shape[1]), dtype)
+        with pytest.raises(UnsupportedError, match=f"'mosaic_gpu' {message}; pass 'triton' or 'xla'"):
+            packed_matmul(x, matrix.trits, matrix.scale, group_size=group_size, implementation="mosaic_gpu")
+        by_itself = packed_matmul(x, matrix.trits, matrix.scale, group_size=group_size)
+        assert by_itself.shape == (rows, shape[0])
+
+
+@pytest.mark.parametrize(
+    ("N", "P", "M"), [(10240, 2048, 64), (8192, 1664, 64), (4096, 832, 8), (64, 64, 8), (40000, 96, 16)]
+)
+def test_cuts_cover_the_matrix_and_fit_a_multiprocessor(monkeypatch, N, P, M):
+    monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda: 132)
+    cut = mosaic_gpu.cut_of(N, P, M)
+    assert (cut.splits - 1) * cut.steps * cut.width < P <= cut.splits * cut.steps * cut.width
+    assert cut.splits == 1 or cut.splits * -(-N // cut.rows) <= 132
+    launched = min(65536 // (128 * (cut.warpgroups + 1)) // 8 * 8, 240)
+    assert mosaic_gpu.COPYING_REGISTERS <= launched <= cut.computing_registers
+    asked = cut.warpgroups * cut.computing_registers + mosaic_gpu.COPYING_REGISTERS
+    assert asked <= (cut.warpgroups + 1) * launched, "a block that asks for more than it has waits forever"
+
+
+def test_scales_are_made_by_rows_before_they_are_turned():
+    """A compiler free to choose would rather turn what they are made of, the accumulators of a whole model."""
+    scale = jax.ShapeDtypeStruct((33, 5), jnp.float32)
+    lowered = jax.jit(lambda scale: columns_of(jnp.exp2(scale))).lower(scale).as_text()
+    held = next(line for line in lowered.splitlines() if "LayoutConstraint" in line)
+    assert "dense<[1, 0]>" in held
+    assert "tensor<33x5xbf16>" in held
+    assert columns_of(jnp.ones(scale.shape)).shape == (5, 33)
 
 
 def arguments(**changes):

@@ -1,6 +1,5 @@
 """Triton kernels compile for the GPUs that they are meant for, on a machine that has none."""
 
-import importlib
 import re
 import sys
 from functools import partial
@@ -16,7 +15,6 @@ from arbs_kernels.grouped_matmul import grouped_weight_gradient
 from arbs_kernels.triton_launch import Compiled
 
 pytest.importorskip("triton")
-columns_of = importlib.import_module("arbs_kernels.packed_matmul.triton").columns_of
 
 SHARED_KIB = {8.0: 163, 8.6: 99, 9.0: 227}
 """Shared memory that a program may have, by compute capability; that of Ada, 8.9, is as that of 8.6."""
@@ -90,13 +88,3 @@ def test_gradients_by_expert_compile_for(capability: float, made: list[Compiled]
     found = jax.eval_shape(partial(grouped_weight_gradient, implementation="triton"), x, dy, sizes)
     assert (found.shape, found.dtype) == ((4, 64, 160), jnp.float32)
     check(made, capability)
-
-
-def test_scales_are_made_by_rows_before_they_are_turned():
-    """A compiler free to choose would rather turn what they are made of, the accumulators of a whole model."""
-    scale = jax.ShapeDtypeStruct((33, 5), jnp.float32)
-    lowered = jax.jit(lambda scale: columns_of(jnp.exp2(scale))).lower(scale).as_text()
-    held = next(line for line in lowered.splitlines() if "LayoutConstraint" in line)
-    assert "dense<[1, 0]>" in held
-    assert "tensor<33x5xbf16>" in held
-    assert columns_of(jnp.ones(scale.shape)).shape == (5, 33)

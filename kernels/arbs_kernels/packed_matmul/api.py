@@ -2,7 +2,7 @@
 
 import jax
 
-from arbs_kernels.backends import triton_missing
+from arbs_kernels.backends import mosaic_gpu_missing, triton_missing
 from arbs_kernels.packed_matmul import reference
 from arbs_kernels.selection import Implementation, select
 from arbs_kernels.shapes import check_activations, check_matrix
@@ -12,6 +12,7 @@ from arbs_kernels.tuning import tuned
 FORWARD = {
     "xla": Implementation(reference.forward),
     "triton": Implementation(lazily("arbs_kernels.packed_matmul.triton", "forward"), triton_missing),
+    "mosaic_gpu": Implementation(lazily("arbs_kernels.packed_matmul.mosaic_gpu", "forward"), mosaic_gpu_missing),
 }
 INPUT_GRADIENT = {
     "xla": Implementation(reference.input_gradient),
@@ -29,7 +30,8 @@ def packed_matmul(
         trits: `uint8 (N, P)`, rows as in `arbs_kernels.codec`.
         scale: `float32 (N, ceil(K/group_size))`.
         group_size: columns that share one scale.
-        implementation: "xla", "triton", or None for the best that works here.
+        implementation: "xla", "triton", "mosaic_gpu" (up to 64 rows of bfloat16 on Hopper), or None for the best that
+            works here.
 
     Returns:
         `(M, N)` in the dtype of `x`, accumulated in float32.

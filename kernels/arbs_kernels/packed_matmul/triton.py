@@ -9,11 +9,11 @@ from math import gcd
 import jax
 import jax.numpy as jnp
 import triton
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from arbs_kernels.packed_decode.triton import weight_of
 from arbs_kernels.packed_matmul.few_rows_kernel import few_rows
 from arbs_kernels.packed_matmul.reference import precision_of
+from arbs_kernels.packed_matmul.scale_columns import columns_of
 from arbs_kernels.triton_launch import check_size, launch, one_by_one
 
 FUSED_ROWS = 64
@@ -163,15 +163,6 @@ def is_direct(M: int, K: int, P: int) -> bool:
 
 
 @jax.jit
-def columns_of(scale: jax.Array) -> jax.Array:
-    """Scales `(N, R)` as the fused kernel reads them, bfloat16 `(R, N)`: the compiler joins it with what makes them.
-
-    Without the constraint it would rather turn what they are made of, the accumulators of all layers ahead of their
-    loop: a fifth of a gigabyte in a step of `arb-3b`.
-    """
-    return with_layout_constraint(scale.astype(jnp.bfloat16), Layout((0, 1))).T
-
-
 def fused(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) -> jax.Array:
     """`y = x W^T` for few rows of bfloat16."""
     return fused_by_columns(x, trits, columns_of(scale), group_size=group_size)

@@ -1,9 +1,9 @@
 """Products of few rows by a Hopper kernel that decodes weights into the registers from which tensor cores read them.
 
-A warpgroup makes 64 rows of `y^T = W x^T`: codes, scales and activations arrive in shared memory by asynchronous copies,
-several tiles ahead; each thread turns eight codes of a row and eight of another into its fragments of `W`, all five
-planes of them, and the warpgroup's product takes those from registers and `x^T` from shared memory. The warpgroups of
-a block share what it copies of x. Blocks that share the reduction leave partial sums, which XLA adds.
+A warpgroup makes 64 rows of `y^T = W x^T`: codes, scales and activations arrive in shared memory by asynchronous
+copies, several tiles ahead; each thread turns eight codes of a row and eight of another into its fragments of `W`, all
+five planes of them, and the warpgroup's product takes those from registers and `x^T` from shared memory. The warpgroups
+of a block share what it copies of x. Blocks that share the reduction leave partial sums, which XLA adds.
 """
 
 import functools
@@ -25,6 +25,7 @@ from arbs_kernels.backends import is_interpreted
 from arbs_kernels.codec import TRITS_PER_BYTE
 from arbs_kernels.mosaic_support import SHARED_BYTES, check_hopper, multiprocessors, padded
 from arbs_kernels.packed_matmul.five_planes import FIVE_PLANES_OF_PAIRS
+from arbs_kernels.packed_matmul.scale_columns import columns_of
 from arbs_kernels.selection import UnsupportedError
 from arbs_kernels.triton_launch import one_by_one
 
@@ -35,8 +36,12 @@ RUN = 32
 WARPGROUP_ROWS = 64
 MOST_WARPGROUPS = 4
 """Of a block, beside the one that copies."""
+MOST_AHEAD = 8
+"""Tiles in flight."""
 COPYING_REGISTERS = 32
 """Of a thread that copies; computing ones share the others."""
+MOST_REGISTERS = 240
+"""Of a thread."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,6 @@ class Cut:
     """Blocks that share the reduction of the same rows."""
     ahead: int
     """Tiles in flight."""
-    held: bool = True
-    """Whether a tile's last products run while the next tile is decoded."""
 
     @property
     def rows(self) -> int:
@@ -64,20 +67,28 @@ class Cut:
     @property
     def computing_registers(self) -> int:
         """Of a thread that computes: its share of those that the block was launched with."""
-        launched = min(65536 // (128 * (self.warpgroups + 1)), 255) // 8 * 8
-        return min((launched * (self.warpgroups + 1) - COPYING_REGISTERS) // self.warpgroups // 8 * 8, 240)
+        launched = min(65536 // (128 * (self.warpgroups + 1)) // 8 * 8, MOST_REGISTERS)
+        return min((launched * (self.warpgroups + 1) - COPYING_REGISTERS) // self.warpgroups // 8 * 8, MOST_REGISTERS)
 
 
-def cut_of(N: int, P: int, M: int, most_warpgroups: int = MOST_WARPGROUPS) -> Cut:
-    """As many blocks as there are multiprocessors, or a few less; `M` is a multiple of 8."""
-    warpgroups = min(most_warpgroups, pl.cdiv(N, WARPGROUP_ROWS))
-    blocks = pl.cdiv(N, WARPGROUP_ROWS * warpgroups)
+def cut_of(N: int, P: int, M: int) -> Cut:
+    """The cut with least work for a multiprocessor; `M` is a multiple of 8."""
+
+    def work(cut: Cut) -> int:
+        return cut.steps * cut.warpgroups * pl.cdiv(cut.splits * pl.cdiv(N, cut.rows), multiprocessors())
+
+    most = min(MOST_WARPGROUPS, pl.cdiv(N, WARPGROUP_ROWS))
+    return min((cut_with(warpgroups, N, P, M) for warpgroups in range(min(2, most), most + 1)), key=work)
+
+
+def cut_with(warpgroups: int, N: int, P: int, M: int) -> Cut:
+    """The cut with so many warpgroups a block, all blocks at once if that is possible."""
     width = 2 * RUN if P % (2 * RUN) == 0 else RUN
-    tiles = P // width
-    steps = pl.cdiv(tiles, min(tiles, max(1, multiprocessors() // blocks)))
-    rows = WARPGROUP_ROWS * warpgroups
+    tiles, rows = P // width, WARPGROUP_ROWS * warpgroups
+    steps = pl.cdiv(tiles, min(tiles, max(1, multiprocessors() // pl.cdiv(N, rows))))
     tile_bytes = rows * width + TRITS_PER_BYTE * (M * width + rows * width // RUN) * 2
-    return Cut(width, warpgroups, steps, pl.cdiv(tiles, steps), min(steps, 8, (SHARED_BYTES - 4096) // tile_bytes))
+    ahead = min(steps, MOST_AHEAD, (SHARED_BYTES - 4096) // tile_bytes)
+    return Cut(width, warpgroups, steps, pl.cdiv(tiles, steps), ahead)
 
 
 def kernel(
@@ -88,14 +99,15 @@ def kernel(
     x_tiles: Any,
     trits_tiles: Any,
     scale_tiles: Any,
-    full: Any,
+    x_arrived: Any,
+    codes_arrived: Any,
     free: Any,
     *,
     cut: Cut,
 ) -> None:
     """Partial sums float32 (splits, N, M), of x (M, K), trits (N, P), scales (5, P/32, N); the rest is shared memory,
     of as many tiles as are in flight."""
-    M, P, width = x_tiles.shape[2], trits.shape[1], cut.width
+    M, P, width, runs = x_tiles.shape[2], trits.shape[1], cut.width, cut.width // RUN
     block, split, wg = (lax.axis_index(name) for name in ("block", "split", "wg"))
     first = split * cut.steps
     steps = jnp.minimum(cut.steps, P // width - first)
@@ -114,11 +126,15 @@ def kernel(
                 plgpu.barrier_wait(free.at[slot])
 
             theirs = pl.ds(block * cut.rows, cut.rows)
-            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[slot])
-            copy(trits.at[theirs, pl.ds(at, width)], trits_tiles.at[slot])
-            copy(scale.at[:, pl.ds((first + step) * (width // RUN), width // RUN), theirs], scale_tiles.at[slot])
-            for plane in range(TRITS_PER_BYTE):  # Past the end of x, copies are zeros.
-                copy(x.at[pl.ds(0, M), pl.ds(plane * P + at, width)], x_tiles.at[slot, plane])
+            copy = plgpu.copy_gmem_to_smem
+            copy(trits.at[theirs, pl.ds(at, width)], trits_tiles.at[slot], codes_arrived.at[slot])
+            scales = scale.at[:, pl.ds((first + step) * runs, runs), theirs]
+            copy(scales, scale_tiles.at[slot], codes_arrived.at[slot])
+            for run in range(runs):
+                place = slot * runs + run
+                for plane in range(TRITS_PER_BYTE):  # Past the end of x, copies are zeros.
+                    columns = x.at[pl.ds(0, M), pl.ds(plane * P + at + run * RUN, RUN)]
+                    copy(columns, x_tiles.at[place, plane], x_arrived.at[place])
 
         @pl.loop(jnp.maximum(steps - cut.ahead, 0), steps)
         def _(step: Any) -> None:
@@ -132,31 +148,19 @@ def kernel(
 
         def multiply(step: Any, total: Any) -> Any:
             slot = lax.rem(step, cut.ahead)
-            plgpu.barrier_wait(full.at[slot])
-            for run in range(width // RUN):
+            plgpu.barrier_wait(codes_arrived.at[slot])
+            for run in range(runs):
                 weights = weights_of(trits_tiles.at[slot, mine], scale_tiles.at[slot, :, :, mine], run, width)
-                total = added(total, weights, x_tiles.at[slot, :, :, pl.ds(run * RUN, RUN)])
-                if cut.held and run == 0:
-                    plgpu.wgmma_wait(TRITS_PER_BYTE)
-
-                    @pl.when(step > 0)
-                    def _() -> None:
-                        plgpu.barrier_arrive(free.at[lax.rem(step - 1, cut.ahead)])
-
-            if not cut.held:
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(free.at[slot])
+                plgpu.barrier_wait(x_arrived.at[slot * runs + run])
+                total = added(total, weights, x_tiles.at[slot * runs + run])
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(free.at[slot])
             return total
-
-        def finish() -> None:
-            if cut.held:
-                plgpu.barrier_arrive(free.at[lax.rem(steps - 1, cut.ahead)])
 
         # Weights were twice what they should be.
         if is_interpreted():
             total = lax.fori_loop(0, steps, multiply, jnp.zeros((WARPGROUP_ROWS, M), jnp.float32))
             sums[split, place, :] = 0.5 * total
-            finish()
             return
 
         @functools.partial(pl.run_scoped, total=plgpu.ACC((WARPGROUP_ROWS, M), jnp.float32))
@@ -165,8 +169,6 @@ def kernel(
             def _(step: Any) -> None:
                 multiply(step, total)
 
-            plgpu.wgmma_wait(0)
-            finish()
             sums[split, place, :] = 0.5 * total[...]
 
 
@@ -224,7 +226,9 @@ def fragments_of(trits: Any, scale: Any, run: int, width: int) -> tuple[Any, ...
 
     def two_codes(own: Any, column: int) -> Any:
         piece = arith.xori(exchange, constant(column // 16 * 16))
-        place = arith.addi(arith.addi(arith.muli(own, constant(width)), within), arith.addi(piece, constant(column % 16)))
+        place = arith.addi(
+            arith.addi(arith.muli(own, constant(width)), within), arith.addi(piece, constant(column % 16))
+        )
         return llvm.load(i16, mgpu.utils.getelementptr(codes_at, [place], bytes_type), alignment=2)
 
     for lower in range(2):
@@ -258,36 +262,41 @@ SCALED = "{ .reg .b32 both; mov.b32 both, {$2, $2}; mul.rn.bf16x2 $0, $1, both; 
 def forward(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) -> jax.Array:
     """See `api.packed_matmul`."""
     check_hopper("packed_matmul")
-    M, P = x.shape[0], trits.shape[1]
-    for what, fits, got in (
-        ("bfloat16", x.dtype == jnp.bfloat16, x.dtype),
-        (f"at most {MOST_ROWS} rows", M <= MOST_ROWS, M),
-        (f"rows of a multiple of {RUN} bytes", P % RUN == 0, P),
-        ("a multiple of 8 rows of codes", trits.shape[0] % 8 == 0, trits.shape[0]),
-        (f"group sizes that are multiples of {RUN}", group_size % RUN == 0, group_size),
+    (M, _), (N, P) = x.shape, trits.shape
+    for fits, what, got in (
+        (x.dtype == jnp.bfloat16, "bfloat16", x.dtype),
+        (M <= MOST_ROWS, f"at most {MOST_ROWS} rows of x", M),
+        (N % 8 == 0, "a multiple of 8 rows of trits", N),
+        (P % RUN == 0, f"rows of a multiple of {RUN} bytes", P),
+        (group_size % RUN == 0, f"group sizes that are multiples of {RUN}", group_size),
     ):
         if not fits:
             raise UnsupportedError(
                 f"packed_matmul: implementation 'mosaic_gpu' takes {what}, got {got}; pass 'triton' or 'xla'"
             )
-    return one_by_one(few_rows, x, trits, scales_by_run(scale, P, group_size))
+    return one_by_one(few_rows, x, trits, scale, group_size=group_size)
 
 
 def scales_by_run(scale: jax.Array, P: int, group_size: int) -> jax.Array:
     """bfloat16 `(5, P/32, N)` of `(N, R)`: each run of 32 columns has its group's scale."""
     groups = np.minimum(np.arange(0, TRITS_PER_BYTE * P, RUN) // group_size, scale.shape[1] - 1)
-    columns = scale.astype(jnp.bfloat16).T
+    columns = columns_of(scale)
     if not np.array_equal(groups, np.arange(len(columns))):
         columns = columns[groups]
     return columns.reshape(TRITS_PER_BYTE, P // RUN, -1)
 
 
-def few_rows(x: jax.Array, trits: jax.Array, scale: jax.Array, *, cut: Cut | None = None) -> jax.Array:
-    """`forward` with scales by runs."""
+def few_rows(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) -> jax.Array:
+    """`y = x W^T` for few rows of bfloat16."""
+    return few_rows_by_run(x, trits, scales_by_run(scale, trits.shape[1], group_size))
+
+
+def few_rows_by_run(x: jax.Array, trits: jax.Array, scales: jax.Array, *, cut: Cut | None = None) -> jax.Array:
+    """`few_rows` with scales that are prepared."""
     (M, K), (N, P) = x.shape, trits.shape
     wide = padded(M, 8)
     cut = cut or cut_of(N, P, wide)
-    blocks = pl.cdiv(N, cut.rows)
+    blocks, runs = pl.cdiv(N, cut.rows), cut.width // RUN
     transforms = (plgpu.TilingTransform((8, RUN)), plgpu.SwizzleTransform(2 * RUN))
     run = plgpu.kernel(
         functools.partial(kernel, cut=cut),
@@ -297,14 +306,15 @@ def few_rows(x: jax.Array, trits: jax.Array, scale: jax.Array, *, cut: Cut | Non
         num_threads=cut.warpgroups + 1,
         thread_name="wg",
         scratch_types=[
-            plgpu.SMEM((cut.ahead, TRITS_PER_BYTE, wide, cut.width), jnp.bfloat16, transforms=transforms),
+            plgpu.SMEM((cut.ahead * runs, TRITS_PER_BYTE, wide, RUN), jnp.bfloat16, transforms=transforms),
             plgpu.SMEM((cut.ahead, cut.rows, cut.width), jnp.uint8, transforms=code_transforms(cut.width)),
-            plgpu.SMEM((cut.ahead, TRITS_PER_BYTE, cut.width // RUN, cut.rows), jnp.bfloat16),
-            plgpu.Barrier(num_arrivals=2 + TRITS_PER_BYTE, num_barriers=cut.ahead),
+            plgpu.SMEM((cut.ahead, TRITS_PER_BYTE, runs, cut.rows), jnp.bfloat16),
+            plgpu.Barrier(num_arrivals=TRITS_PER_BYTE, num_barriers=cut.ahead * runs),
+            plgpu.Barrier(num_arrivals=2, num_barriers=cut.ahead),
             plgpu.Barrier(num_arrivals=cut.warpgroups, num_barriers=cut.ahead),
         ],
         interpret=plgpu.InterpretGPUParams() if is_interpreted() else False,
     )
     # Copies want rows of whole tiles.
     x = jnp.pad(x, ((0, wide - M), (0, -K % RUN)))
-    return jnp.sum(run(x, trits, scale), axis=0)[:N, :M].T.astype(x.dtype)
+    return jnp.sum(run(x, trits, scales), axis=0)[:N, :M].T.astype(x.dtype)
