@@ -1,7 +1,7 @@
 """Where the time of the fused product of few rows goes: right first, then each tile whole, then the parts of one call.
 
     python experiments/2026_11_21_kernels/time_few_rows.py [--rows 1 16 64] [--sizes 10240 8192 4096] [--no-checks]
-        [--own-tiles] [--mosaic]
+        [--own-tiles] [--mosaic] [--calls 20]
 
 One line each, as soon as it is known, each time beside the dense product of the same run; a failure is a line too.
 """
@@ -104,14 +104,15 @@ def seconds(
     """Of one call, `calls` of them on rotating inputs in one program, one after another: by the clock, a median, and of
     its kernels alone, by a profile; without a launch, which may cost more than the kernel."""
 
-    def program(sets: Sequence[tuple[jax.Array, ...]]) -> list[jax.Array]:
+    def program(sets: Sequence[tuple[jax.Array, ...]]) -> jax.Array:
         results: list[jax.Array] = []
         for call in range(calls):
             given = sets[call % len(sets)]
             if results:
                 given, results[-1] = jax.lax.optimization_barrier((given, results[-1]))
             results.append(function(*given))
-        return results
+        # A number of each: the host would take longer to hand out all of them than the device to compute small ones.
+        return jnp.stack([result.ravel()[0] for result in results])
 
     run = jax.jit(program, compiler_options={"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"})
     jax.block_until_ready(run(sets))
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("--no-checks", action="store_true")
     parser.add_argument("--mosaic", action="store_true", help="the Mosaic kernel beside Triton's")
     parser.add_argument("--own-tiles", action="store_true", help="only the tiles that the library chooses")
+    parser.add_argument("--calls", type=int, default=20, help="of a program; each Mosaic one is compiled by itself")
     flags = parser.parse_args()
     print(jax.devices()[0].device_kind, jax.__version__, flush=True)
     for case in [] if flags.no_checks else MOSAIC_CHECKED if flags.mosaic else CHECKED:
@@ -194,7 +196,9 @@ def main() -> None:
         weights = [jax.random.normal(jax.random.key(seed), (N, N), jnp.bfloat16) for seed in range(2)]
         for M in flags.rows:
             x = jax.device_put(normal(M, M, N))
-            dense = timed(f"{N}: M={M} jnp.dot", lambda x, w: jnp.dot(x, w.T), [(x, w) for w in weights])
+            dense = timed(
+                f"{N}: M={M} jnp.dot", lambda x, w: jnp.dot(x, w.T), [(x, w) for w in weights], None, flags.calls
+            )
             chosen = [triton.tile_of(M, N, packed_width(N))]
             tiles = chosen if flags.own_tiles else TILES.get((M, N), chosen)
             for tile in tiles:
@@ -202,10 +206,16 @@ def main() -> None:
                     f"{name}={value}" for name, value in vars(tile).items() if value != getattr(Tile, name, 0)
                 )
                 run = partial(triton.fused_by_columns, group_size=G, tile=tile)
-                timed(f"{N}: M={M} {cut}", run, [(x, *both) for both in matrices], dense)
+                timed(f"{N}: M={M} {cut}", run, [(x, *both) for both in matrices], dense, flags.calls)
             if flags.mosaic:
                 by_run = [(trits, mosaic_gpu.scales_by_run(scale, trits.shape[1], G)) for trits, scale in given]
-                timed(f"{N}: M={M} Mosaic", mosaic_gpu.few_rows_by_run, [(x, *both) for both in by_run], dense)
+                timed(
+                    f"{N}: M={M} Mosaic",
+                    mosaic_gpu.few_rows_by_run,
+                    [(x, *both) for both in by_run],
+                    dense,
+                    flags.calls,
+                )
             if M > 1 and flags.sizes[0] == N:
                 parts(N, M, tiles[0], matrices)
 

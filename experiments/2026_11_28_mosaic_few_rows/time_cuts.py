@@ -1,8 +1,10 @@
 """The Mosaic product of few rows under several cuts, beside the dense product and Triton's; and what its halves take.
 
     python experiments/2026_11_28_mosaic_few_rows/time_cuts.py [--rows 8 16 64] [--sizes 10240 8192 4096] [--halves]
+        [--warpgroups 2 3 4]
 
-With `--halves`, also the kernel without its products, and without its decoding: their results are wrong, on purpose.
+With `--halves`, also the kernel without its products, without its decoding and without both: their results are wrong,
+on purpose.
 """
 
 import argparse
@@ -38,11 +40,24 @@ def no_decoding(trits_ref, scale_ref, run, width):
     return (one,) * 5
 
 
+def nothing(total, weights, x_ref):
+    """In place of `mosaic_gpu.added`, once nothing is decoded either: copies are left."""
+    return total
+
+
+HALVES = {
+    "without products": {"added": no_products},
+    "without decoding": {"weights_of": no_decoding},
+    "copies alone": {"added": nothing, "weights_of": no_decoding},
+}
+
+
 def main() -> None:
     """A line each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 64])
     parser.add_argument("--sizes", type=int, nargs="+", default=[10240, 8192, 4096])
+    parser.add_argument("--warpgroups", type=int, nargs="*", default=[2, 3, 4])
     parser.add_argument("--halves", action="store_true")
     flags = parser.parse_args()
     print(jax.devices()[0].device_kind, jax.__version__, flush=True)
@@ -62,17 +77,19 @@ def main() -> None:
             timing.timed(f"{N}: M={M} Triton", run, [(x, *both) for both in columns], dense, CALLS)
             wide = -(-M // 8) * 8
             sets = [(x, *both) for both in by_run]
-            for warpgroups in (2, 3, 4):
+            for warpgroups in flags.warpgroups:
                 cut = mosaic_gpu.cut_with(warpgroups, N, P, wide)
                 chosen = " (chosen)" if cut == mosaic_gpu.cut_of(N, P, wide) else ""
                 what = f"{N}: M={M} Mosaic {warpgroups} {cut.steps}x{cut.splits} {cut.ahead}{chosen}"
                 timing.timed(what, partial(mosaic_gpu.few_rows_by_run, cut=cut), sets, dense, CALLS)
             if flags.halves and flags.sizes[0] == N:
-                for name, stand_in in (("added", no_products), ("weights_of", no_decoding)):
-                    real = getattr(mosaic_gpu, name)
-                    setattr(mosaic_gpu, name, stand_in)
-                    timing.timed(f"{N}: M={M} {stand_in.__name__}", mosaic_gpu.few_rows_by_run, sets, dense, CALLS)
-                    setattr(mosaic_gpu, name, real)
+                for what, stand_ins in HALVES.items():
+                    real = {name: getattr(mosaic_gpu, name) for name in stand_ins}
+                    for name, stand_in in stand_ins.items():
+                        setattr(mosaic_gpu, name, stand_in)
+                    timing.timed(f"{N}: M={M} {what}", mosaic_gpu.few_rows_by_run, sets, dense, CALLS)
+                    for name, function in real.items():
+                        setattr(mosaic_gpu, name, function)
 
 
 if __name__ == "__main__":

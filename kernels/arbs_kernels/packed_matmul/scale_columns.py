@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 
+@jax.jit
 def columns_of(scale: jax.Array) -> jax.Array:
     """Scales `(N, R)` as those kernels read them, bfloat16 `(R, N)`: the compiler joins it with what makes them.
 

@@ -162,7 +162,6 @@ def is_direct(M: int, K: int, P: int) -> bool:
     return K % 2 == 0 if M <= 4 else K % 8 == 0 and P % 8 == 0
 
 
-@jax.jit
 def fused(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) -> jax.Array:
     """`y = x W^T` for few rows of bfloat16."""
     return fused_by_columns(x, trits, columns_of(scale), group_size=group_size)
