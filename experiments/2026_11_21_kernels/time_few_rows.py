@@ -208,14 +208,8 @@ def main() -> None:
                 run = partial(triton.fused_by_columns, group_size=G, tile=tile)
                 timed(f"{N}: M={M} {cut}", run, [(x, *both) for both in matrices], dense, flags.calls)
             if flags.mosaic:
-                by_run = [(trits, mosaic_gpu.scales_by_run(scale, trits.shape[1], G)) for trits, scale in given]
-                timed(
-                    f"{N}: M={M} Mosaic",
-                    mosaic_gpu.few_rows_by_run,
-                    [(x, *both) for both in by_run],
-                    dense,
-                    flags.calls,
-                )
+                run = partial(mosaic_gpu.few_rows_by_columns, group_size=G)
+                timed(f"{N}: M={M} Mosaic", run, [(x, *both) for both in matrices], dense, flags.calls)
             if M > 1 and flags.sizes[0] == N:
                 parts(N, M, tiles[0], matrices)
 

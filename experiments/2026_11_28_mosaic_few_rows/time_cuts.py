@@ -67,7 +67,6 @@ def main() -> None:
         P = packed_width(N)
         given = [tuple(jnp.asarray(array) for array in timing.matrix(seed, N, N)) for seed in range(4)]
         columns = [timing.prepared(*both) for both in given]
-        by_run = [(trits, mosaic_gpu.scales_by_run(scale, P, timing.G)) for trits, scale in given]
         weights = [jax.random.normal(jax.random.key(seed), (N, N), jnp.bfloat16) for seed in range(2)]
         for M in flags.rows:
             x = jax.device_put(timing.normal(M, M, N))
@@ -76,18 +75,19 @@ def main() -> None:
             run = partial(triton.fused_by_columns, group_size=timing.G, tile=tile)
             timing.timed(f"{N}: M={M} Triton", run, [(x, *both) for both in columns], dense, CALLS)
             wide = -(-M // 8) * 8
-            sets = [(x, *both) for both in by_run]
+            sets = [(x, *both) for both in columns]
+            mosaic = partial(mosaic_gpu.few_rows_by_columns, group_size=timing.G)
             for warpgroups in flags.warpgroups:
                 cut = mosaic_gpu.cut_with(warpgroups, N, P, wide)
                 chosen = " (chosen)" if cut == mosaic_gpu.cut_of(N, P, wide) else ""
                 what = f"{N}: M={M} Mosaic {warpgroups} {cut.steps}x{cut.splits} {cut.ahead}{chosen}"
-                timing.timed(what, partial(mosaic_gpu.few_rows_by_run, cut=cut), sets, dense, CALLS)
+                timing.timed(what, partial(mosaic, cut=cut), sets, dense, CALLS)
             if flags.halves and flags.sizes[0] == N:
                 for what, stand_ins in HALVES.items():
                     real = {name: getattr(mosaic_gpu, name) for name in stand_ins}
                     for name, stand_in in stand_ins.items():
                         setattr(mosaic_gpu, name, stand_in)
-                    timing.timed(f"{N}: M={M} {what}", mosaic_gpu.few_rows_by_run, sets, dense, CALLS)
+                    timing.timed(f"{N}: M={M} {what}", mosaic, sets, dense, CALLS)
                     for name, function in real.items():
                         setattr(mosaic_gpu, name, function)
 

@@ -99,14 +99,14 @@ def kernel(
     x_tiles: Any,
     trits_tiles: Any,
     scale_tiles: Any,
-    x_arrived: Any,
-    codes_arrived: Any,
+    arrived: Any,
     free: Any,
     *,
+    group_size: int,
     cut: Cut,
 ) -> None:
-    """Partial sums float32 (splits, N, M), of x (M, K), trits (N, P), scales (5, P/32, N); the rest is shared memory,
-    of as many tiles as are in flight."""
+    """Partial sums float32 (splits, N, M), of x (M, K), trits (N, P), scales (R, N); the rest is shared memory, of as
+    many tiles as are in flight."""
     M, P, width, runs = x_tiles.shape[2], trits.shape[1], cut.width, cut.width // RUN
     block, split, wg = (lax.axis_index(name) for name in ("block", "split", "wg"))
     first = split * cut.steps
@@ -126,15 +126,15 @@ def kernel(
                 plgpu.barrier_wait(free.at[slot])
 
             theirs = pl.ds(block * cut.rows, cut.rows)
-            copy = plgpu.copy_gmem_to_smem
-            copy(trits.at[theirs, pl.ds(at, width)], trits_tiles.at[slot], codes_arrived.at[slot])
-            scales = scale.at[:, pl.ds((first + step) * runs, runs), theirs]
-            copy(scales, scale_tiles.at[slot], codes_arrived.at[slot])
-            for run in range(runs):
-                place = slot * runs + run
-                for plane in range(TRITS_PER_BYTE):  # Past the end of x, copies are zeros.
-                    columns = x.at[pl.ds(0, M), pl.ds(plane * P + at + run * RUN, RUN)]
-                    copy(columns, x_tiles.at[place, plane], x_arrived.at[place])
+            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=arrived.at[slot])
+            copy(trits.at[theirs, pl.ds(at, width)], trits_tiles.at[slot])
+            for plane in range(TRITS_PER_BYTE):  # Past the ends of x and of the groups, copies are zeros.
+                column = plane * P + at
+                copy(x.at[pl.ds(0, M), pl.ds(column, width)], x_tiles.at[slot, plane])
+                together = runs if group_size == RUN else 1
+                for run in range(0, runs, together):
+                    group = lax.div(column + run * RUN, group_size)
+                    copy(scale.at[pl.ds(group, together), theirs], scale_tiles.at[slot, plane, pl.ds(run, together)])
 
         @pl.loop(jnp.maximum(steps - cut.ahead, 0), steps)
         def _(step: Any) -> None:
@@ -148,11 +148,10 @@ def kernel(
 
         def multiply(step: Any, total: Any) -> Any:
             slot = lax.rem(step, cut.ahead)
-            plgpu.barrier_wait(codes_arrived.at[slot])
+            plgpu.barrier_wait(arrived.at[slot])
             for run in range(runs):
                 weights = weights_of(trits_tiles.at[slot, mine], scale_tiles.at[slot, :, :, mine], run, width)
-                plgpu.barrier_wait(x_arrived.at[slot * runs + run])
-                total = added(total, weights, x_tiles.at[slot * runs + run])
+                total = added(total, weights, x_tiles.at[slot, :, :, pl.ds(run * RUN, RUN)])
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(free.at[slot])
             return total
@@ -277,44 +276,39 @@ def forward(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int
     return one_by_one(few_rows, x, trits, scale, group_size=group_size)
 
 
-def scales_by_run(scale: jax.Array, P: int, group_size: int) -> jax.Array:
-    """bfloat16 `(5, P/32, N)` of `(N, R)`: each run of 32 columns has its group's scale."""
-    groups = np.minimum(np.arange(0, TRITS_PER_BYTE * P, RUN) // group_size, scale.shape[1] - 1)
-    columns = columns_of(scale)
-    if not np.array_equal(groups, np.arange(len(columns))):
-        columns = columns[groups]
-    return columns.reshape(TRITS_PER_BYTE, P // RUN, -1)
-
-
 def few_rows(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) -> jax.Array:
     """`y = x W^T` for few rows of bfloat16."""
-    return few_rows_by_run(x, trits, scales_by_run(scale, trits.shape[1], group_size))
+    return few_rows_by_columns(x, trits, columns_of(scale), group_size=group_size)
 
 
-def few_rows_by_run(x: jax.Array, trits: jax.Array, scales: jax.Array, *, cut: Cut | None = None) -> jax.Array:
+def few_rows_by_columns(
+    x: jax.Array, trits: jax.Array, columns: jax.Array, *, group_size: int, cut: Cut | None = None
+) -> jax.Array:
     """`few_rows` with scales that are prepared."""
     (M, K), (N, P) = x.shape, trits.shape
     wide = padded(M, 8)
     cut = cut or cut_of(N, P, wide)
     blocks, runs = pl.cdiv(N, cut.rows), cut.width // RUN
+    copies = 1 + TRITS_PER_BYTE * (
+        1 + (1 if group_size == RUN else runs)
+    )  # Of codes; of x and of scales for each plane.
     transforms = (plgpu.TilingTransform((8, RUN)), plgpu.SwizzleTransform(2 * RUN))
     run = plgpu.kernel(
-        functools.partial(kernel, cut=cut),
+        functools.partial(kernel, group_size=group_size, cut=cut),
         out_type=jax.ShapeDtypeStruct((cut.splits, blocks * cut.rows, wide), jnp.float32),
         grid=(blocks, cut.splits),
         grid_names=("block", "split"),
         num_threads=cut.warpgroups + 1,
         thread_name="wg",
         scratch_types=[
-            plgpu.SMEM((cut.ahead * runs, TRITS_PER_BYTE, wide, RUN), jnp.bfloat16, transforms=transforms),
+            plgpu.SMEM((cut.ahead, TRITS_PER_BYTE, wide, cut.width), jnp.bfloat16, transforms=transforms),
             plgpu.SMEM((cut.ahead, cut.rows, cut.width), jnp.uint8, transforms=code_transforms(cut.width)),
             plgpu.SMEM((cut.ahead, TRITS_PER_BYTE, runs, cut.rows), jnp.bfloat16),
-            plgpu.Barrier(num_arrivals=TRITS_PER_BYTE, num_barriers=cut.ahead * runs),
-            plgpu.Barrier(num_arrivals=2, num_barriers=cut.ahead),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=cut.ahead),
             plgpu.Barrier(num_arrivals=cut.warpgroups, num_barriers=cut.ahead),
         ],
         interpret=plgpu.InterpretGPUParams() if is_interpreted() else False,
     )
     # Copies want rows of whole tiles.
     x = jnp.pad(x, ((0, wide - M), (0, -K % RUN)))
-    return jnp.sum(run(x, trits, scales), axis=0)[:N, :M].T.astype(x.dtype)
+    return jnp.sum(run(x, trits, columns), axis=0)[:N, :M].T.astype(x.dtype)
