@@ -238,13 +238,13 @@ def fragments_of(trits: Any, scale: Any, run: int, width: int) -> tuple[Any, ...
             scales.append(llvm.load(i16, mgpu.utils.getelementptr(scales_at, [at], i16), alignment=2))
         for half in range(2):
             pairs = [arith.extui(i32, two_codes(own, run * RUN + half * 16 + upper * 8)) for upper in range(2)]
-            trits_of = llvm.inline_asm(
+            trits_of: Any = llvm.inline_asm(
                 llvm.StructType.get_literal([i32] * 10), pairs, FIVE_PLANES_OF_PAIRS, ",".join(["=r"] * 10 + ["r"] * 2)
             )
             for plane in range(TRITS_PER_BYTE):
                 for upper in range(2):
                     both = llvm.extractvalue(i32, trits_of, (2 * plane + upper,))
-                    weights = llvm.inline_asm(i32, [both, scales[plane]], SCALED, "=r,r,h")
+                    weights: Any = llvm.inline_asm(i32, [both, scales[plane]], SCALED, "=r,r,h")
                     planes[plane][2 * half + upper, lower] = mgpu.utils.bitcast(weights, pair)
     return tuple(
         mgpu.FragmentedArray(
