@@ -276,11 +276,14 @@ def score(
             f"correlation_score: {tile} needs {shared_bytes(tile)} bytes of shared memory, more than {SHARED_BYTES}; "
             "pass fewer steps"
         )
-    return one_by_one(score_of, x, dy, trits, group_size=group_size, tile=tile)
+    return one_by_one(score_of, x, dy, trits, group_size=group_size, tile=tile, simulated=is_interpreted())
 
 
-def score_of(x: jax.Array, dy: jax.Array, trits: jax.Array, *, group_size: int, tile: Tile) -> jax.Array:
-    """`score` with its tile."""
+@functools.partial(jax.jit, static_argnames=("group_size", "tile", "simulated"))
+def score_of(
+    x: jax.Array, dy: jax.Array, trits: jax.Array, *, group_size: int, tile: Tile, simulated: bool
+) -> jax.Array:
+    """`score` with its tile, compiled once however often a program has it."""
     (M, K), (N, P) = x.shape, trits.shape
     depth = padded(M, 8)
     x = jnp.pad(x, ((0, depth - M), (0, padded(K, WIDTH) - K)))
@@ -297,7 +300,7 @@ def score_of(x: jax.Array, dy: jax.Array, trits: jax.Array, *, group_size: int, 
         **clusters,
         num_threads=3,
         thread_name="wg",
-        interpret=plgpu.InterpretGPUParams() if is_interpreted() else False,
+        interpret=plgpu.InterpretGPUParams() if simulated else False,
     )
     turned = run(x, dy, extended(trits, tile.columns))[: group_count(K, group_size), :N].T
     # Left to itself the compiler would rather give the matrix's corr the score's layout, and copy whole stacks of it.

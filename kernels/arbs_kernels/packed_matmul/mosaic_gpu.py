@@ -285,13 +285,21 @@ def few_rows_by_columns(
     x: jax.Array, trits: jax.Array, columns: jax.Array, *, group_size: int, cut: Cut | None = None
 ) -> jax.Array:
     """`few_rows` with scales that are prepared."""
-    (M, K), (N, P) = x.shape, trits.shape
+    N, P = trits.shape
+    cut = cut or cut_of(N, P, padded(x.shape[0], 8))
+    return launched(x, trits, columns, group_size=group_size, cut=cut, simulated=is_interpreted())
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "cut", "simulated"))
+def launched(
+    x: jax.Array, trits: jax.Array, columns: jax.Array, *, group_size: int, cut: Cut, simulated: bool
+) -> jax.Array:
+    """The kernel and what surrounds it, compiled once however often a program has it."""
+    (M, K), N = x.shape, trits.shape[0]
     wide = padded(M, 8)
-    cut = cut or cut_of(N, P, wide)
     blocks, runs = pl.cdiv(N, cut.rows), cut.width // RUN
-    copies = 1 + TRITS_PER_BYTE * (
-        1 + (1 if group_size == RUN else runs)
-    )  # Of codes; of x and of scales for each plane.
+    # One of codes; for each plane one of x, and one or more of scales.
+    copies = 1 + TRITS_PER_BYTE * (1 + (1 if group_size == RUN else runs))
     transforms = (plgpu.TilingTransform((8, RUN)), plgpu.SwizzleTransform(2 * RUN))
     run = plgpu.kernel(
         functools.partial(kernel, group_size=group_size, cut=cut),
@@ -307,7 +315,7 @@ def few_rows_by_columns(
             plgpu.Barrier(num_arrivals=copies, num_barriers=cut.ahead),
             plgpu.Barrier(num_arrivals=cut.warpgroups, num_barriers=cut.ahead),
         ],
-        interpret=plgpu.InterpretGPUParams() if is_interpreted() else False,
+        interpret=plgpu.InterpretGPUParams() if simulated else False,
     )
     # Copies want rows of whole tiles.
     x = jnp.pad(x, ((0, wide - M), (0, -K % RUN)))
