@@ -18,7 +18,8 @@ DEFAULT_PRESET = "byte-0.4m"
 KERNELS = ("auto", "xla", "triton")
 """Values of `--kernel`: the best implementation of each operator, or one by name for all operators of a step.
 
-"mosaic_gpu" is no value: only the score has it, and what is named must not fall back. "auto" takes it where it runs.
+"mosaic_gpu" is no value: only the score and products of few rows have it, and what is named must not fall back. "auto"
+takes it where it runs.
 """
 _MISSING = {"triton": triton_missing}
 

@@ -1,6 +1,8 @@
 """Fixtures of the command line's tests: a compilation cache of their own, and runs that several tests look at."""
 
+import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,10 +10,17 @@ import pytest
 from commands import STEPS, Reference, call, flags
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the session that all of its workers see."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(autouse=True, scope="session")
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def compilation_cache(shared: Path) -> Iterator[Path]:
     """One cache for all processes of the session, so that each program is compiled once; the user's is left alone."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = shared / "cache"
     before = os.environ.get("ARBS_CACHE_DIR")
     os.environ["ARBS_CACHE_DIR"] = str(folder)
     yield folder
@@ -22,17 +31,20 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reference]:
-    """`reference(rule, accum, steps)`: a run that was never interrupted, trained once a session."""
-    made: dict[Reference, Reference] = {}
+def reference(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reference]:
+    """`reference(rule, accum, steps)`: a run never interrupted, trained once a session and copied by each worker."""
 
     def get(rule: str, accum: int, steps: int = STEPS) -> Reference:
-        run = tmp_path_factory.getbasetemp() / f"reference-{rule}-{accum}-{steps}"
-        wanted = Reference(run, rule, accum, steps)
-        if wanted not in made:
-            assert call("train", "--run", run, *flags(rule, accum, steps)) == 0
-            made[wanted] = wanted
-        return wanted
+        name = f"reference-{rule}-{accum}-{steps}"
+        run, whole = tmp_path_factory.getbasetemp() / "copies" / name, shared / f"{name}-whole"
+        if not run.exists():
+            with (shared / f"{name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not whole.exists():
+                    assert call("train", "--run", shared / name, *flags(rule, accum, steps)) == 0
+                    (shared / name).rename(whole)
+            shutil.copytree(whole, run)
+        return Reference(run, rule, accum, steps)
 
     return get
 

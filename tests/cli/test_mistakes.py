@@ -233,7 +233,7 @@ def test_a_step_that_does_not_fit_is_refused_before_there_is_a_run(
             check_room(need, 10**6)
 
     monkeypatch.setattr(train, "check_room", room)
-    words = ("train", *flags(steps=2), "--run", tmp_path / "run", "--no-save")
+    words = ("train", *flags("integral", 2), "--stop-at", 2, "--run", tmp_path / "run", "--no-save")
     assert "this training step needs" in refused(capsys, *words)
     assert not (tmp_path / "run" / "config.json").exists()
     assert call(*words) == 0
