@@ -154,7 +154,7 @@ def timed(
     return took[0] if took else None
 
 
-def prepared(trits: np.ndarray | jax.Array, scale: np.ndarray | jax.Array) -> tuple[jax.Array, jax.Array]:
+def prepared(trits: np.ndarray, scale: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """A matrix on the device, its scales as the kernel reads them."""
     return jnp.asarray(trits), columns_of(jnp.asarray(scale))
 
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--no-checks", action="store_true")
     parser.add_argument("--mosaic", action="store_true", help="the Mosaic kernel beside Triton's")
     parser.add_argument("--own-tiles", action="store_true", help="only the tiles that the library chooses")
-    parser.add_argument("--calls", type=int, default=20, help="of a program; each Mosaic one is compiled by itself")
+    parser.add_argument("--calls", type=int, default=20, help="of a program")
     flags = parser.parse_args()
     print(jax.devices()[0].device_kind, jax.__version__, flush=True)
     for case in [] if flags.no_checks else MOSAIC_CHECKED if flags.mosaic else CHECKED:
@@ -191,8 +191,7 @@ def main() -> None:
     tiny = [(jnp.asarray(normal(1, 1, 80)), *prepared(*matrix(1, 16, 80)))]
     timed("a product of nothing much: what a launch costs", partial(triton.fused_by_columns, group_size=G), tiny)
     for N in flags.sizes:
-        given = [tuple(jnp.asarray(array) for array in matrix(seed, N, N)) for seed in range(4)]
-        matrices = [prepared(*both) for both in given]
+        matrices = [prepared(*matrix(seed, N, N)) for seed in range(4)]
         weights = [jax.random.normal(jax.random.key(seed), (N, N), jnp.bfloat16) for seed in range(2)]
         for M in flags.rows:
             x = jax.device_put(normal(M, M, N))

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "2026_11_21_update_kernels"))
 
 from arbs_kernels import backends
 from arbs_kernels.codec import pack_rows, packed_width
+from arbs_kernels.mosaic_support import padded
 from arbs_kernels.packed_matmul import mosaic_gpu, reference
 from arbs_kernels.shapes import group_count
 
@@ -50,7 +51,7 @@ def compiled(M: int, N: int, K: int, group_size: int) -> str:
     shapes = (((M, K), jnp.bfloat16), ((N, P), jnp.uint8), ((N, group_count(K, group_size)), jnp.float32))
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=device) for shape, dtype in shapes]
     jax.jit(partial(mosaic_gpu.forward, group_size=group_size)).lower(*arguments).compile()
-    return str(mosaic_gpu.cut_of(N, P, -(-M // 8) * 8))
+    return str(mosaic_gpu.cut_of(N, P, padded(M, 8)))
 
 
 def main() -> None:

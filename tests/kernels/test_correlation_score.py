@@ -1,6 +1,5 @@
 """The score against NumPy, for every implementation: exact wherever the gradient has a sign."""
 
-import contextlib
 import functools
 
 import jax
@@ -97,17 +96,12 @@ class TestTriton(CorrelationScore):
     implementation = "triton"
 
 
-@pytest.mark.skipif(0.0 < backends.compute_capability() < 9.0, reason="needs Hopper, or a CPU to simulate it")
+@pytest.mark.usefixtures("simulated")
 class TestMosaicGpu(CorrelationScore):
     """On Hopper as it is, simulated on a CPU."""
 
     implementation = "mosaic_gpu"
     dtypes = ("bfloat16",)
-
-    @pytest.fixture(autouse=True)
-    def simulated(self):
-        with contextlib.nullcontext() if backends.compute_capability() else backends.interpreted():
-            yield
 
     @pytest.mark.slow
     @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The packed product and its input gradient against NumPy in float64, for every implementation."""
 
-import contextlib
 from dataclasses import replace
 from functools import partial
 
@@ -105,14 +104,9 @@ FEW_ROWS = (
 )
 
 
-@pytest.mark.skipif(0.0 < backends.compute_capability() < 9.0, reason="needs Hopper, or a CPU to simulate it")
+@pytest.mark.usefixtures("simulated")
 class TestMosaicGpu:
     """Few rows of bfloat16 alone; on Hopper as it is, simulated on a CPU."""
-
-    @pytest.fixture(autouse=True)
-    def simulated(self):
-        with contextlib.nullcontext() if backends.compute_capability() else backends.interpreted():
-            yield
 
     def run(self, x, matrix, group_size):
         product = partial(packed_matmul, group_size=group_size, implementation="mosaic_gpu")

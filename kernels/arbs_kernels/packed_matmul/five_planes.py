@@ -2,7 +2,7 @@
 
 
 def _planes_of_pair(pair: str, half: int) -> str:
-    """From two codes `c`, two times each trit, lowest plane first.
+    """From two codes, two times each trit, lowest plane first.
 
     `pair` holds `64 f` in each half of a register, `f` being the fraction of which the code is the first: three times
     that is a digit in the two highest bits and the next fraction in the eight below. A digit less one, there, is two

@@ -103,10 +103,11 @@ def kernel(
     free: Any,
     *,
     group_size: int,
+    together: int,
     cut: Cut,
 ) -> None:
-    """Partial sums float32 (splits, N, M), of x (M, K), trits (N, P), scales (R, N); the rest is shared memory, of as
-    many tiles as are in flight."""
+    """Partial sums float32 (splits, N, M), of x (M, K), trits (N, P), scales (R, N), those of `together` runs in a row;
+    the rest is shared memory, of as many tiles as are in flight."""
     M, P, width, runs = x_tiles.shape[2], trits.shape[1], cut.width, cut.width // RUN
     block, split, wg = (lax.axis_index(name) for name in ("block", "split", "wg"))
     first = split * cut.steps
@@ -131,7 +132,6 @@ def kernel(
             for plane in range(TRITS_PER_BYTE):  # Past the ends of x and of the groups, copies are zeros.
                 column = plane * P + at
                 copy(x.at[pl.ds(0, M), pl.ds(column, width)], x_tiles.at[slot, plane])
-                together = runs if group_size == RUN else 1
                 for run in range(0, runs, together):
                     group = lax.div(column + run * RUN, group_size)
                     copy(scale.at[pl.ds(group, together), theirs], scale_tiles.at[slot, plane, pl.ds(run, together)])
@@ -298,11 +298,11 @@ def launched(
     (M, K), N = x.shape, trits.shape[0]
     wide = padded(M, 8)
     blocks, runs = pl.cdiv(N, cut.rows), cut.width // RUN
-    # One of codes; for each plane one of x, and one or more of scales.
-    copies = 1 + TRITS_PER_BYTE * (1 + (1 if group_size == RUN else runs))
+    together = runs if group_size == RUN else 1
+    copies = 1 + TRITS_PER_BYTE * (1 + runs // together)  # Of codes; for each plane of x, and of scales.
     transforms = (plgpu.TilingTransform((8, RUN)), plgpu.SwizzleTransform(2 * RUN))
     run = plgpu.kernel(
-        functools.partial(kernel, group_size=group_size, cut=cut),
+        functools.partial(kernel, group_size=group_size, together=together, cut=cut),
         out_type=jax.ShapeDtypeStruct((cut.splits, blocks * cut.rows, wide), jnp.float32),
         grid=(blocks, cut.splits),
         grid_names=("block", "split"),
