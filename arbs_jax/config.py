@@ -11,7 +11,7 @@ from arbs_jax.models.byte_lm import ModelConfig
 from arbs_jax.models.presets import PRESETS, family_name
 from arbs_jax.rules import DEFAULT_RULE, RuleConfig, default_group_size
 from arbs_jax.state import InitConfig
-from arbs_kernels.backends import triton_missing
+from arbs_kernels.backends import float8_missing, triton_missing
 from arbs_kernels.shapes import GROUP_SIZES
 
 DEFAULT_PRESET = "byte-0.4m"
@@ -22,6 +22,8 @@ KERNELS = ("auto", "xla", "triton")
 takes it where it runs.
 """
 _MISSING = {"triton": triton_missing}
+PRODUCTS = ("dtype", "float8")
+"""Values of `--products`: operands of a step's large products are of the activations' dtype, or float8."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class TrainConfig:
     """Seeds initial state, data order and sampled votes."""
     kernel: str = "auto"
     """Implementation of the packed operators, or "auto" for the best that works."""
+    products: str = "dtype"
+    """Operands of large products: of the activations' dtype, or "float8". Validation has none of it."""
     layers_at_once: int | None = None
     """Layers whose state moves together: fewer, larger operations, for that many layers' temporaries. None leaves it to
     the device (`arbs_jax.training.program`)."""
@@ -66,6 +70,8 @@ class TrainConfig:
             raise ConfigError(f"--seed must be in [0, 2^32), got {self.seed}")
         if self.kernel not in KERNELS:
             raise ConfigError(f"--kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
+        if self.products not in PRODUCTS:
+            raise ConfigError(f"--products must be one of {', '.join(PRODUCTS)}, got {self.products!r}")
 
     @property
     def implementation(self) -> str | None:
@@ -80,6 +86,18 @@ class TrainConfig:
         if missing is not None:
             raise ConfigError(f"--kernel {self.kernel} needs {missing}; pass --kernel auto")
         return None if self.kernel == "auto" else self.kernel
+
+    @property
+    def float8(self) -> bool:
+        """`products` as layers take it.
+
+        Raises:
+            ConfigError: this machine's GPU has no float8 products.
+        """
+        missing = float8_missing() if self.products == "float8" else None
+        if missing is not None:
+            raise ConfigError(f"--products float8 needs {missing}; pass --products dtype")
+        return self.products == "float8"
 
 
 @dataclass(frozen=True)
@@ -181,10 +199,19 @@ class RunConfig:
 
 
 MAY_CHANGE = frozenset(
-    {"train.steps", "train.kernel", "train.layers_at_once", "rule.learning_rate", "data.source", "log", "facts"}
+    {
+        "train.steps",
+        "train.kernel",
+        "train.products",
+        "train.layers_at_once",
+        "rule.learning_rate",
+        "data.source",
+        "log",
+        "facts",
+    }
 )
 """Keys of `config.json` that may differ when a run is resumed: the rest decides the state bit for bit.
 
-More steps or another rate are asked for with open eyes; another kernel or more layers at once may round differently; a
-text may have moved, and its fingerprint is compared.
+More steps or another rate are asked for with open eyes; another kernel, other products or more layers at once round
+differently; a text may have moved, and its fingerprint is compared.
 """

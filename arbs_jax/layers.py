@@ -40,6 +40,8 @@ class TernaryConfig:
     """Distribution of fresh state."""
     implementation: str | None = None
     """Implementation of the packed operators; None takes the best that works."""
+    float8: bool = False
+    """Whether products of many rows are of float8 operands (`arbs_kernels.float8`); tables and experts have none."""
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
@@ -84,7 +86,14 @@ class _TernaryMatrix(nn.Module):
         return leaves, probe
 
     def _matmul_spec(self, spec: MatrixSpec) -> MatmulSpec:
-        return MatmulSpec(spec.in_features, spec.group_size, self.config.rule, self.config.implementation)
+        config = self.config
+        return MatmulSpec(
+            spec.in_features,
+            spec.group_size,
+            config.rule,
+            config.implementation,
+            float8=config.float8 and not (spec.table or spec.experts),
+        )
 
 
 class TernaryDense(_TernaryMatrix):

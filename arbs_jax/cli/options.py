@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from arbs_jax.config import DEFAULT_PRESET, KERNELS, LogConfig, RunConfig, TrainConfig
+from arbs_jax.config import DEFAULT_PRESET, KERNELS, PRODUCTS, LogConfig, RunConfig, TrainConfig
 from arbs_jax.errors import ConfigError
 from arbs_jax.models import ModelConfig
 from arbs_jax.models.arb.config import ArbConfig
@@ -196,6 +196,11 @@ class ModelFlags:
         choice("--kernel", KERNELS),
         about("Implementation of the packed operators; auto is the best that runs here.", TrainConfig.kernel),
     ] = None
+    products: Annotated[
+        str | None,
+        choice("--products", PRODUCTS),
+        about("Operands of large products: as --dtype, or float8 (from Ada on faster).", TrainConfig.products),
+    ] = None
     layers_at_once: Annotated[
         int | None,
         whole("--layers-at-once"),
@@ -234,6 +239,7 @@ class ModelFlags:
             steps=self.steps,
             seed=self.seed,
             kernel=self.kernel,
+            products=self.products,
             layers_at_once=self.layers_at_once,
         )
         return replace(

@@ -1,6 +1,6 @@
 """From a configuration to compiled functions: the same shapes for training, warm-up and evaluation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -119,7 +119,7 @@ class Program:
         """Forward, backward and update, before it becomes a step."""
         config = self.config
         return Sweep(
-            self.family.stages,
+            family_of(config.model, replace(self.ternary, float8=config.train.float8)).stages,
             self.ternary.rule,
             self.specs,
             remat=config.model.remat,

@@ -81,7 +81,7 @@ def main() -> None:
         if name != "remat":
             parser.add_argument(f"--{name}", type=type(value), default=value)
     args = parser.parse_args()
-    setting = Setting(args.preset, args.steps, args.batch, args.context, args.dtype, windows=args.windows)
+    setting = Setting(**{name: getattr(args, name) for name in asdict(Setting()) if name != "remat"})
     args.out.mkdir(parents=True, exist_ok=True)
     data = Data(setting, {name: corpora.load(name) for name in args.corpora})
     runs = [Run(corpus, seed) for corpus in args.corpora for seed in args.seeds]
@@ -89,6 +89,7 @@ def main() -> None:
         "preset": setting.preset,
         "weights": weights(setting),
         "steps": setting.steps,
+        "products": setting.products,
         "device": jax.devices()[0].device_kind,
     }
     rows: list[dict] = []

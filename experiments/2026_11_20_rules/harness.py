@@ -39,6 +39,8 @@ class Setting:
     remat: bool = False
     windows: int = 512
     """Validation windows."""
+    products: str = "dtype"
+    """Of the rules, not of the baselines: "dtype" or "float8"."""
 
     def config(self, rule: str, learning_rate: float | None = None) -> RunConfig:
         """The library's configuration of one run."""
@@ -47,7 +49,7 @@ class Setting:
             model=preset(self.preset, dtype=self.dtype, remat=self.remat),
             group_size=default_group_size(rule),
             rule=RuleConfig(name=rule, learning_rate=learning_rate),
-            train=TrainConfig(steps=self.steps, batch=self.batch, context=self.context),
+            train=TrainConfig(steps=self.steps, batch=self.batch, context=self.context, products=self.products),
         )
 
 

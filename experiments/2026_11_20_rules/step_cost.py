@@ -29,27 +29,34 @@ from arbs_jax.training.program import Program
 BASELINES = {arm.name: arm for arm in (QAT, ADAMW, ADAMW_BF16)}
 
 
-Arm = tuple[str, int, bool, str]
-"""Name, layers at once (0 for baselines), remat, implementation of the operators ("" for baselines)."""
+Arm = tuple[str, int, bool, str, str]
+"""Name, layers at once (0 for baselines), remat, implementation of the operators and operands of products (both "" for
+baselines)."""
 
 
 def arms(
-    setting: Setting, rules: list[str], layers: list[int], kernels: list[str], baselines: list[str]
+    setting: Setting,
+    rules: list[str],
+    layers: list[int],
+    kernels: list[str],
+    products: list[str],
+    baselines: list[str],
 ) -> dict[Arm, tuple[Any, Any]]:
     """(a lowered step `(state, tokens) -> (state, anything)`, a function that makes a fresh state) of each."""
     tokens = jax.ShapeDtypeStruct((1, setting.batch, setting.context + 1), jnp.uint8)
     made: dict[Arm, tuple[Any, Any]] = {}
-    for rule, together, kernel in itertools.product(rules, layers, kernels):
+    for rule, together, kernel, operands in itertools.product(rules, layers, kernels, products):
         config = setting.config(rule)
-        program = Program(replace(config, train=replace(config.train, layers_at_once=together, kernel=kernel)))
+        train = replace(config.train, layers_at_once=together, kernel=kernel, products=operands)
+        program = Program(replace(config, train=train))
         lowered = program.step.lower(program.abstract_state, tokens)
-        made[rule, together, setting.remat, kernel] = lowered, program.init_state
+        made[rule, together, setting.remat, kernel, operands] = lowered, program.init_state
     program = Program(setting.config("latent10"))
     for name in baselines:
         arm, depth = BASELINES[name], program.config.model.layers
         init = jax.jit(partial(arm.init, program.specs, depth, jnp.uint32(0), jnp.float32(2e-3)))
         step = jax.jit(arm.step(program.model, setting.steps), donate_argnums=0)
-        made[name, 0, setting.remat, ""] = (step.lower(jax.eval_shape(init), tokens), init)
+        made[name, 0, setting.remat, "", ""] = (step.lower(jax.eval_shape(init), tokens), init)
     return made
 
 
@@ -72,13 +79,14 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", default=["latent10", "latent6", "latent4", "latent18", "integral"])
     parser.add_argument("--baselines", nargs="+", default=["qat"], help="the first is the one compared with")
     parser.add_argument("--kernels", nargs="+", default=["auto"])
+    parser.add_argument("--products", nargs="+", default=["dtype"])
     parser.add_argument("--layers-at-once", nargs="+", type=int, default=[1])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     made: dict[Arm, tuple[Any, Any]] = {}
     for remat in args.remat:
         setting = Setting(args.preset, 1000, args.batch, args.context, dtype=args.dtype, remat=bool(remat))
-        made |= arms(setting, args.rules, args.layers_at_once, args.kernels, args.baselines)
+        made |= arms(setting, args.rules, args.layers_at_once, args.kernels, args.products, args.baselines)
     steps = compiled(made)
     states = {arm: init() for arm, (_, init) in made.items()}
     rng = np.random.default_rng(0)
@@ -93,16 +101,17 @@ def main() -> None:
     median = {arm: float(np.median(times)) for arm, times in seconds.items()}
     rows = []
     for arm, step in steps.items():
-        name, together, remat, kernel = arm
+        name, together, remat, kernel, operands = arm
         state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states[arm]))
         rows.append(
             {
                 "rule": name,
                 "layers_at_once": together,
                 "kernel": kernel,
+                "products": operands,
                 "seconds": median[arm],
                 "baseline": args.baselines[0],
-                "ratio": median[arm] / median[args.baselines[0], 0, remat, ""],
+                "ratio": median[arm] / median[args.baselines[0], 0, remat, "", ""],
                 "bytes_per_second": args.batch * args.context / median[arm],
                 "state_bytes": state,
                 "temporary_bytes": step.memory_analysis().temp_size_in_bytes,
@@ -116,6 +125,7 @@ def main() -> None:
         "rule",
         "layers at once",
         "kernel",
+        "products",
         "remat",
         "ms/step",
         f"against {args.baselines[0]}",
@@ -130,6 +140,7 @@ def main() -> None:
             row["rule"],
             str(row["layers_at_once"] or ""),
             row["kernel"],
+            row["products"],
             str(row["remat"]),
             f"{row['seconds'] * 1e3:.2f}",
             f"{row['ratio']:.2f}x",
@@ -137,7 +148,7 @@ def main() -> None:
             f"{row['temporary_bytes'] / 1e6:.1f}",
             f"{total / 1e6:.1f}",
         )
-    Console(width=110).print(table)
+    Console(width=120).print(table)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("a") as file:

@@ -2,7 +2,8 @@
 
     python trace_of_step.py --arms latent10:12 qat --preset byte-50m
 
-An arm is a rule and how many layers move at once, or `qat`. Kernels are matched to the compiled program by name, and
+An arm is a rule, how many layers move at once and the operands of products (`latent10:12:float8`), or `qat`.
+Kernels are matched to the compiled program by name, and
 the program's metadata gives the innermost function of this library. "once" are kernels outside the loops over layers.
 """
 
@@ -35,10 +36,11 @@ STEPS = 4
 
 def built(arm: str, setting: Setting) -> tuple[Any, Any]:
     """(compiled step, fresh state)."""
-    rule, _, together = arm.partition(":")
+    rule, together, operands = (*arm.split(":"), *("1", "dtype")[arm.count(":") :])
     tokens = jax.ShapeDtypeStruct((1, setting.batch, setting.context + 1), jnp.uint8)
     config = setting.config("latent10" if rule == "qat" else rule)
-    program = Program(replace(config, train=replace(config.train, layers_at_once=int(together or 1))))
+    train = replace(config.train, layers_at_once=int(together), products=operands)
+    program = Program(replace(config, train=train))
     if rule != "qat":
         return program.step.lower(program.abstract_state, tokens).compile(), program.init_state()
     state = jax.jit(lambda: QAT.init(program.specs, program.config.model.layers, jnp.uint32(0), jnp.float32(2e-3)))()

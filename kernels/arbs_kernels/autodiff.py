@@ -19,6 +19,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from arbs_kernels import float8
 from arbs_kernels.codec import TRITS_PER_BYTE
 from arbs_kernels.correlation_score import correlation_score, score_of_gradient, weight_gradient
 from arbs_kernels.packed_matmul import packed_matmul, packed_matmul_input_gradient
@@ -49,6 +50,9 @@ class MatmulSpec:
     """Makes the group scales from the leaves."""
     implementation: str | None = None
     """Implementation of the operators, None for the best that works."""
+    float8: bool = False
+    """Whether operands of products, and of the gradient that a rule samples, are rounded to float8 from
+    `float8.LEAST_ROWS` rows of activations on (`arbs_kernels.float8`)."""
 
 
 def make_probe(
@@ -152,14 +156,32 @@ def in_turn(activations: jax.Array, leaves: dict) -> tuple[jax.Array, dict]:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None) -> jax.Array:
     x, leaves = in_turn(x, leaves)
-    y = packed_matmul(
-        x.reshape(-1, spec.in_features),
+    rows = x.reshape(-1, spec.in_features)
+    if _in_float8(spec, rows):
+        y = float8.product(float8.rounded(rows, float8.OPERAND), _float8_weight(spec, leaves), (1, 1), x.dtype)
+    else:
+        y = packed_matmul(
+            rows,
+            leaves["trits"],
+            spec.law.scale(leaves, spec.group_size),
+            group_size=spec.group_size,
+            implementation=spec.implementation,
+        )
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _in_float8(spec: MatmulSpec, rows: jax.Array) -> bool:
+    return spec.float8 and rows.shape[0] >= float8.LEAST_ROWS
+
+
+def _float8_weight(spec: MatmulSpec, leaves: dict) -> float8.Float8:
+    return float8.weight(
         leaves["trits"],
         spec.law.scale(leaves, spec.group_size),
+        in_features=spec.in_features,
         group_size=spec.group_size,
         implementation=spec.implementation,
     )
-    return y.reshape(*x.shape[:-1], -1)
 
 
 def _matmul_forward(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None):
@@ -172,22 +194,29 @@ def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
     dy, leaves = in_turn(dy, leaves)
     x = given.reshape(-1, spec.in_features)
     dy = dy.reshape(x.shape[0], -1).astype(x.dtype)
-    dx = packed_matmul_input_gradient(
-        dy,
-        leaves["trits"],
-        spec.law.scale(leaves, spec.group_size),
-        in_features=spec.in_features,
-        group_size=spec.group_size,
-        implementation=spec.implementation,
-    )
-    votes = _votes(
-        kinds,
-        dy,
-        dw=lambda dtype: weight_gradient(x, dy, dtype),
-        score=lambda: correlation_score(
-            x, dy, leaves["trits"], group_size=spec.group_size, implementation=spec.implementation
-        ),
-    )
+    if _in_float8(spec, x):
+        dy8 = float8.rounded(dy, float8.COTANGENT)
+        dx = float8.product(dy8, _float8_weight(spec, leaves), (1, 0), dy.dtype)
+    else:
+        dy8 = None
+        dx = packed_matmul_input_gradient(
+            dy,
+            leaves["trits"],
+            spec.law.scale(leaves, spec.group_size),
+            in_features=spec.in_features,
+            group_size=spec.group_size,
+            implementation=spec.implementation,
+        )
+
+    def dw(dtype: jnp.dtype) -> jax.Array:
+        if dy8 is None:
+            return weight_gradient(x, dy, dtype)
+        return float8.product(dy8, float8.rounded(x, float8.OPERAND), (0, 0), dtype)
+
+    def score() -> jax.Array:
+        return correlation_score(x, dy, leaves["trits"], group_size=spec.group_size, implementation=spec.implementation)
+
+    votes = _votes(kinds, dy, dw, score)
     return dx.reshape(given.shape), None, votes
 
 

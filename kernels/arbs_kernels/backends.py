@@ -66,6 +66,13 @@ def triton_missing() -> str | None:
     return None
 
 
+def float8_missing() -> str | None:
+    """What this machine's GPU lacks for products of float8 operands, or None; other devices emulate them."""
+    if compute_capability() >= 8.9 or compute_capability() == 0.0:
+        return None
+    return f"an NVIDIA GPU of compute capability 8.9 or later (Ada), and this is {_described()}"
+
+
 def register_calls() -> None:
     """Makes known what compiled programs call on this machine.
 

@@ -35,7 +35,7 @@ class PackedDecode:
             implementation=self.implementation,
         )
 
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
     @pytest.mark.parametrize("case", [*SMALL_CASES, *WIDE], ids=str)
     def test_the_weight(self, case, dtype):
         rng = np.random.default_rng([17, case.out_features * case.in_features])
@@ -44,7 +44,7 @@ class PackedDecode:
         expected = matrix.weight.astype(np.float32).astype(jnp.dtype(dtype))
         np.testing.assert_array_equal(self.decode(matrix, case.group_size, dtype), expected, strict=True)
 
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
     def test_a_zero_is_a_positive_zero(self, dtype):
         matrix = random_matrix(np.random.default_rng(18), 4, 80, 8)
         weight = np.asarray(self.decode(matrix, 8, dtype, jnp.full_like(matrix.trits, 128))).astype(np.float32)
@@ -83,7 +83,7 @@ def refused(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": jnp.float16}, "dtype must be float32 or bfloat16, got float16"),
+        ({"dtype": jnp.float16}, "dtype must be float32, bfloat16 or float8_e4m3fn, got float16"),
         ({"in_features": 11}, r"trits must be uint8 \(N, 3\) for in_features=11, got uint8 \(3, 2\)"),
         ({"scale": jnp.ones((3, 1), jnp.float32)}, r"scale must be float32 \(3, 2\), got float32 \(3, 1\)"),
         ({"group_size": 3}, "group_size must be one of .*, got 3"),

@@ -32,7 +32,7 @@ def packed_decode(
         scale: `float32 (N, ceil(K/group_size))`.
         in_features: `K`, which the packed shape does not determine.
         group_size: columns that share one scale.
-        dtype: of the result, float32 or bfloat16.
+        dtype: of the result, float32, bfloat16 or float8_e4m3fn (scales above 448 are not finite there).
         implementation: "xla", "triton", or None for the best that works here.
 
     Returns:
@@ -43,7 +43,7 @@ def packed_decode(
     """
     select("packed_decode", DECODE, implementation)  # a wrong name is said first
     check_matrix("packed_decode", trits, scale, in_features, group_size)
-    if dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"packed_decode: dtype must be float32 or bfloat16, got {jnp.dtype(dtype)}")
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn):
+        raise ValueError(f"packed_decode: dtype must be float32, bfloat16 or float8_e4m3fn, got {jnp.dtype(dtype)}")
     run = tuned("packed_decode", DECODE, implementation, (1, trits.shape[0], in_features, group_size), dtype)
     return run(trits, scale, in_features=in_features, group_size=group_size, dtype=jnp.dtype(dtype))
