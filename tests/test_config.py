@@ -27,7 +27,9 @@ FAR_FROM_DEFAULT = RunConfig(
     init=InitConfig(exponent_range=(-4, -1)),
     rule=RuleConfig("bigint", learning_rate=0.5, strength=16.0, warmup=7),
     data=DataConfig("texts/", 0.25, 1234),
-    train=TrainConfig(steps=9, batch=3, context=128, accum=4, seed=2**32 - 1, kernel="xla", layers_at_once=2),
+    train=TrainConfig(
+        steps=9, batch=3, context=128, accum=4, seed=2**32 - 1, kernel="xla", products="float8", layers_at_once=2
+    ),
     log=LogConfig(1, 2, 3, 4, 5),
 )
 
@@ -71,6 +73,7 @@ def test_a_saved_configuration_that_does_not_fit(damage: Any):
         (lambda: TrainConfig(context=-2), "--ctx must be at least 1, got -2"),
         (lambda: TrainConfig(seed=2**32), r"--seed must be in \[0, 2\^32\), got 4294967296"),
         (lambda: TrainConfig(kernel="cuda"), "--kernel must be one of auto, xla, triton, got 'cuda'"),
+        (lambda: TrainConfig(products="int4"), "--products must be one of dtype, float8, got 'int4'"),
         (lambda: LogConfig(eval_interval=0), "--eval-interval must be at least 1, got 0"),
         (lambda: RunConfig(group_size=7), "--group-size must be one of 4, .*, got 7"),
         (
@@ -120,6 +123,22 @@ def test_a_kernel_that_does_not_run_here_is_refused_before_anything_is_made(
         return
     with pytest.raises(ConfigError, match=f"^--kernel triton needs {needs}; pass --kernel auto$"):
         _ = Program(config).ternary
+
+
+@pytest.mark.parametrize(("capability", "runs"), [(0.0, True), (8.6, False), (8.9, True), (9.0, True)])
+def test_float8_products_are_refused_on_a_gpu_that_has_none(
+    capability: float, runs: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(backends, "compute_capability", lambda: capability)
+    monkeypatch.setattr(backends, "device_kind", lambda: "GPU")
+    program = Program(RunConfig(train=TrainConfig(products="float8")))
+    assert not program.ternary.float8  # validation has none of it
+    if runs:
+        assert program.config.train.float8
+        return
+    needs = r"an NVIDIA GPU of compute capability 8\.9 or later \(Ada\), and this is 'GPU' of 8\.6"
+    with pytest.raises(ConfigError, match=f"^--products float8 needs {needs}; pass --products dtype$"):
+        _ = program.sweep
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -8,8 +8,8 @@ The factor of activations and cotangents is taken from some of their rows. Readi
 of what such a product saves, and the formats bear what a sample misses: 56 times its largest magnitude (e4m3) or 7168
 times (e5m2); what is larger still is clipped.
 
-XLA hands a product of float8 arrays to the vendor where the device has one. Anywhere else it multiplies the same numbers
-in a wider dtype: right, and no faster.
+XLA hands a product of float8 arrays to the vendor's library where the device has one. Anywhere else it multiplies the
+same numbers in a wider dtype: right, and no faster.
 """
 
 from typing import NamedTuple

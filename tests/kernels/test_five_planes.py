@@ -2,36 +2,9 @@
 
 import numpy as np
 import pytest
+from ptx import run
 
 from arbs_kernels.packed_matmul.five_planes import FIVE_PLANES, FIVE_PLANES_OF_PAIRS
-
-
-def run(code: str, *inputs: np.ndarray) -> list[np.ndarray]:
-    """Registers $0 to $9 after `code`, of the inputs $10, $11; uint32 arrays."""
-    registers = {f"${10 + index}": value for index, value in enumerate(inputs)}
-
-    def value(word: str) -> np.ndarray:
-        return registers[word] if word in registers else np.uint32(int(word, 0))
-
-    def permuted(low: np.ndarray, high: np.ndarray, selector: np.ndarray) -> np.ndarray:
-        eight = [low >> np.uint32(8 * at) & 255 for at in range(4)] + [
-            high >> np.uint32(8 * at) & 255 for at in range(4)
-        ]
-        return sum(eight[int(selector) >> 4 * at & 7] << np.uint32(8 * at) for at in range(4))
-
-    operations = {
-        "mov.b32": lambda a: a,
-        "and.b32": lambda a, b: a & b,
-        "mad.lo.u32": lambda a, b, c: a * b + c,
-        "prmt.b32": permuted,
-    }
-    for line in code.strip("{ }").split(";"):
-        name, _, words = line.strip().partition(" ")
-        if name in ("", ".reg"):
-            continue
-        target, *given = (word.strip() for word in words.split(","))
-        registers[target] = operations[name](*map(value, given))
-    return [registers[f"${index}"] for index in range(10)]
 
 
 def twice_the_trits(code: np.ndarray) -> np.ndarray:
@@ -46,9 +19,9 @@ def test_all_pairs_of_codes(word_holds_four: bool):
     first, second = (codes.astype(np.uint32) for codes in np.divmod(np.arange(2**16), 256))
     pair = first | second << 8
     if word_holds_four:  # The other pair the other way round.
-        found = run(FIVE_PLANES, pair | second << 16 | first << 24)
+        found = run(FIVE_PLANES, {"$10": pair | second << 16 | first << 24}, 10)
     else:
-        found = run(FIVE_PLANES_OF_PAIRS, pair, second | first << 8)
+        found = run(FIVE_PLANES_OF_PAIRS, {"$10": pair, "$11": second | first << 8}, 10)
     halves = np.stack([np.stack([part & 0xFFFF, part >> 16]) for part in found]).astype(np.uint16)
     lower, upper = halves[0::2].view(np.float16), halves[1::2].view(np.float16)
     np.testing.assert_array_equal(lower, np.stack([twice_the_trits(first), twice_the_trits(second)], axis=1))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ptx import run
 from support import random_matrix
 
 from arbs_kernels import backends
@@ -67,6 +68,23 @@ class TestXla(PackedDecode):
 @pytest.mark.skipif(backends.triton_missing() is not None, reason=f"needs {backends.triton_missing()}")
 class TestTriton(PackedDecode):
     implementation = "triton"
+
+
+@pytest.mark.parametrize("plane", range(5))
+@pytest.mark.parametrize("shift", [0, 8, 16, 24])
+def test_the_instructions_that_make_float8_of_codes(plane, shift):
+    """On random words, wherever eight codes begin in them, and for all scales."""
+    triton = pytest.importorskip("arbs_kernels.packed_decode.triton", exc_type=ImportError)
+    rng = np.random.default_rng([20, plane, shift])
+    words = rng.integers(0, 2**32, (3, 4096), dtype=np.uint32)
+    scale = rng.integers(1, 0x7F, 4096, dtype=np.uint32)  # every positive number that float8 has
+    inputs = {f"${2 + at}": word for at, word in enumerate(words)}
+    inputs |= {"$5": np.uint32(shift), "$6": np.uint32(3**plane), "$7": scale}
+    found = np.stack(run(triton._EIGHT_FLOAT8.value, inputs, 2), axis=1).view(jnp.float8_e4m3fn)
+    codes = np.ascontiguousarray(words.T).view(np.uint8)[:, shift // 8 : shift // 8 + 8].astype(np.int64)
+    trits = (codes * 3**plane % 256 * 3 >> 8) - 1
+    of_scale = scale.astype(np.uint8).view(jnp.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(found.astype(np.float32), trits * of_scale[:, None])
 
 
 def refused(**changes):

@@ -11,7 +11,10 @@ import pytest
 from arbs_kernels import triton_launch
 from arbs_kernels.benchmarks import BENCHMARKS, make
 from arbs_kernels.cases import Case
+from arbs_kernels.codec import packed_width
 from arbs_kernels.grouped_matmul import grouped_weight_gradient
+from arbs_kernels.packed_decode import packed_decode
+from arbs_kernels.shapes import group_count
 from arbs_kernels.triton_launch import Compiled
 
 pytest.importorskip("triton")
@@ -78,6 +81,17 @@ def test_compiles_for(operator: str, case: Case, capability: float, made: list[C
     inputs = jax.eval_shape(lambda: make(benchmark.inputs, case, dtype, 0))
     expected = jax.eval_shape(benchmark.call(case, dtype, "xla"), *inputs)
     assert jax.eval_shape(benchmark.call(case, dtype, "triton"), *inputs) == expected
+    check(made, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_features", [1280, 70])
+def test_decoding_to_float8_compiles_for(in_features: int, capability: float, made: list[Compiled]):
+    trits = jax.ShapeDtypeStruct((33, packed_width(in_features)), jnp.uint8)
+    scale = jax.ShapeDtypeStruct((33, group_count(in_features, 32)), jnp.float32)
+    static = {"in_features": in_features, "group_size": 32, "dtype": jnp.dtype(jnp.float8_e4m3fn)}
+    found = jax.eval_shape(partial(packed_decode, implementation="triton", **static), trits, scale)
+    assert (found.shape, found.dtype) == ((33, in_features), static["dtype"])
     check(made, capability)
 
 
