@@ -42,7 +42,7 @@ class DataConfig:
 class TrainConfig:
     """Length and shape of training."""
 
-    steps: int = 1500
+    steps: int = 1200
     """Updates of the state."""
     batch: int = 16
     """Windows in a micro-batch."""

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 from arbs_kernels.autodiff import MatmulSpec, make_probe, ternary_matmul
 from arbs_kernels.codec import packed_width
@@ -63,23 +61,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[16384])
     args = parser.parse_args()
-    table = Table(title=f"{jax.devices()[0].device_kind}: microseconds, bfloat16 / float8", title_justify="left")
-    for name in ("M", "N", "K", "forward", "ratio", "forward and backward", "ratio"):
-        table.add_column(name, justify="right")
+    print(f"{jax.devices()[0].device_kind}: M x N x K, microseconds in bfloat16 / float8 (ratio)")
     for rows in args.rows:
         for n, k in SIZES:
             shapes = jax.eval_shape(lambda rows=rows, n=n, k=k: inputs(rows, n, k, 0))
             count = min(4, rotation(nbytes(shapes), nbytes(shapes), effort_here()))
             sets = [inputs(rows, n, k, seed) for seed in range(count)]
-            cells = [str(rows), str(n), str(k)]
-            for both in (False, True):
+            for name, both in (("forward", False), ("forward and backward", True)):
                 plain, short = (
                     seconds_per_call(step_of(MatmulSpec(k, GROUP, Law(), float8=float8), n, both), sets)
                     for float8 in (False, True)
                 )
-                cells += [f"{plain * 1e6:.0f} / {short * 1e6:.0f}", f"{plain / short:.2f}"]
-            table.add_row(*cells)
-    Console(width=100).print(table)
+                print(f"{rows}x{n}x{k} {name}: {plain * 1e6:.0f} / {short * 1e6:.0f} ({plain / short:.2f})", flush=True)
 
 
 if __name__ == "__main__":

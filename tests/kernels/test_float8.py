@@ -10,6 +10,7 @@ from support import score_by_hand
 
 from arbs_kernels import float8
 from arbs_kernels.autodiff import MatmulSpec, make_probe, ternary_matmul
+from arbs_kernels.backends import compute_capability
 from arbs_kernels.codec import pack_rows
 
 BITS = {float8.OPERAND: 4, float8.COTANGENT: 3}
@@ -94,7 +95,9 @@ def test_a_product_is_that_of_the_rounded_operands(contracted, dtype):
     terms = np.tensordot(np.abs(wide(a)), np.abs(wide(b)), (contracted[:1], contracted[1:]))
     result = np.asarray(found).astype(np.float64)
     rounding = {"float32": 2.0**-24, "bfloat16": 2.0**-8}[dtype]
-    assert np.all(np.abs(result - exact) <= np.abs(exact) * rounding + terms * 300 * 2.0**-23)
+    # Hopper adds 32 products at a time to sums of some 14 bits; elsewhere they are float32.
+    adding = 300 * 2.0**-23 if compute_capability() == 0.0 else -(-300 // 32) * 2.0**-13
+    assert np.all(np.abs(result - exact) <= np.abs(exact) * rounding + terms * adding)
 
 
 @dataclass(frozen=True)
