@@ -21,8 +21,12 @@ from arbs_jax.training.layerwise import Sweep
 from arbs_jax.training.step import TrainState, fresh_state, jit_step, make_step
 
 GROUP_GRADIENT_BYTES = 2**27
-"""Gradients, in the activations' dtype, of the layers that move together on a GPU. Moving them takes some four times
-that for temporaries (`byte-50m`, with remat: 384 MB for 101)."""
+"""Gradients, in the activations' dtype, of the layers that move together on a GPU, whatever the batch. Moving small
+layers takes some four times that for temporaries (`byte-50m`, with remat: 384 MB for 101), large ones, whose matrices
+move one after another, once and a quarter (`byte-1b`: 1,412 MB for 1,130)."""
+MOST_GROUP_GRADIENT_BYTES = 5 * 2**28
+"""The same of a large batch, within what backward keeps of it anyway. `byte-1b` takes 285 ms a step of 16 x 1024 bytes
+one layer at a time and 252 with 1,130 MB of them; more has not been tried (experiments/2026_11_28_float8)."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +134,12 @@ class Program:
     @property
     def layers_at_once(self) -> dict[str, int]:
         """Layers that move together, of each stack: as configured (or what divides the stack below that), or on a GPU,
-        where a step of a small model is bound by launches, as many as have at most `GROUP_GRADIENT_BYTES` of gradients.
-        The rule is the same; sums may round differently."""
+        which launches of small operations keep waiting, as many as have at most `GROUP_GRADIENT_BYTES` of gradients, or
+        as many bytes as the inputs of all layers, up to `MOST_GROUP_GRADIENT_BYTES`. The rule is the same; sums may
+        round differently."""
         config = self.config
+        train, itemsize = config.train, jnp.dtype(config.model.dtype).itemsize
+        inputs = train.accum * train.batch * train.context * config.model.width * itemsize
         wanted = 1 if jax.default_backend() == "cpu" else None
         wanted = config.train.layers_at_once or wanted
 
@@ -141,7 +148,8 @@ class Program:
             if wanted is not None:
                 return group_within(layers, 1, wanted)
             weights = sum(spec.weights for spec in flatten_specs(self.specs[stack]).values())
-            return group_within(layers, weights * jnp.dtype(config.model.dtype).itemsize)
+            most = max(GROUP_GRADIENT_BYTES, min(layers * inputs, MOST_GROUP_GRADIENT_BYTES))
+            return group_within(layers, weights * itemsize, most)
 
         return {stack: together(stack) for stack in self.family.stacks}
 
@@ -196,6 +204,6 @@ def _fresh(variables: Any) -> TrainState:
     return fresh_state(variables[COLLECTION], variables.get(MEMORY))
 
 
-def group_within(layers: int, layer_bytes: int, most: int = GROUP_GRADIENT_BYTES) -> int:
+def group_within(layers: int, layer_bytes: int, most: int) -> int:
     """The largest divisor of `layers` so many of which have at most `most` bytes together; at least one."""
     return max(n for n in range(1, layers + 1) if layers % n == 0 and (n == 1 or n * layer_bytes <= most))

@@ -40,8 +40,8 @@ def check_room(need: int, room: int | None, what: str = "this training step") ->
     """
     if room is not None and need > room:
         raise ConfigError(
-            f"{what} needs {-(-need // _MB):,} MB, this device has {room // _MB:,} MB; lower --batch or --ctx, or "
-            "choose another --preset"
+            f"{what} needs {-(-need // _MB):,} MB, this device has {room // _MB:,} MB; lower --batch, --ctx or "
+            "--layers-at-once, or choose another --preset"
         )
 
 

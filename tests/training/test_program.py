@@ -12,7 +12,7 @@ from arbs_jax.config import LogConfig, RunConfig, TrainConfig
 from arbs_jax.data import ValidationBatch
 from arbs_jax.errors import StateError
 from arbs_jax.layers import COLLECTION
-from arbs_jax.models import ModelConfig
+from arbs_jax.models import ModelConfig, preset
 from arbs_jax.rules import RuleConfig
 from arbs_jax.training.program import GROUP_GRADIENT_BYTES, Program, group_within
 
@@ -133,5 +133,10 @@ def test_how_many_layers_move_together_is_the_device_s_choice_unless_told(monkey
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     told = Program(replace(CONFIG, train=train))
     assert [program.layers_at_once["blocks"] for program in (told, small, large)] == [1, 2, 1]
+    # A large batch keeps so much for backward that gradients of more layers hardly count.
+    billion = RunConfig(model=preset("byte-1b", dtype="bfloat16"), train=TrainConfig(context=1024, batch=1))
+    batches = {batch: Program(replace(billion, train=replace(billion.train, batch=batch))) for batch in (1, 4, 16, 64)}
+    found = {batch: program.layers_at_once["blocks"] for batch, program in batches.items()}
+    assert found == {1: 1, 4: 2, 16: 11, 64: 11}
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert small.layers_at_once == {"blocks": 1}

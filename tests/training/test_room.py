@@ -34,7 +34,7 @@ def test_what_fits_passes_to_the_byte():
 
 
 def test_the_message_has_both_figures_and_what_to_do():
-    message = r"a step of arb-3b needs 2,036 MB, this device has 1,999 MB; lower --batch or --ctx, or choose another"
+    message = r"a step of arb-3b needs 2,036 MB, this device has 1,999 MB; lower --batch, --ctx or --layers"
     with pytest.raises(ConfigError, match=message):
         check_room(2_035_500_000, 1_999_900_000, "a step of arb-3b")
 
