@@ -8,8 +8,8 @@ import tempfile
 import jax
 import pytest
 
-# Tracing makes objects by the hundred thousand, few of them garbage: looking for it after every 700 new ones takes up to
-# a tenth of a test's time.
+# Tracing makes objects by the hundred thousand, few of them garbage: looking for it after every 700 new ones takes up
+# to a tenth of a test's time.
 gc.freeze()
 gc.set_threshold(200_000, 50, 100)
 
