@@ -141,7 +141,7 @@ class Program:
         train, itemsize = config.train, jnp.dtype(config.model.dtype).itemsize
         inputs = train.accum * train.batch * train.context * config.model.width * itemsize
         wanted = 1 if jax.default_backend() == "cpu" else None
-        wanted = config.train.layers_at_once or wanted
+        wanted = train.layers_at_once or wanted
 
         def together(stack: str) -> int:
             layers = jax.tree.leaves(self.abstract_state.ternary[stack])[0].shape[0]

@@ -195,10 +195,12 @@ def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
     x = given.reshape(-1, spec.in_features)
     dy = dy.reshape(x.shape[0], -1).astype(x.dtype)
     if _in_float8(spec, x):
-        dy8 = float8.rounded(dy, float8.COTANGENT)
-        dx = float8.product(dy8, _float8_weight(spec, leaves), (1, 0), dy.dtype)
+        short = float8.rounded(dy, float8.COTANGENT)
+        dx = float8.product(short, _float8_weight(spec, leaves), (1, 0), dy.dtype)
+
+        def dw(dtype: jnp.dtype) -> jax.Array:
+            return float8.product(short, float8.rounded(x, float8.OPERAND), (0, 0), dtype)
     else:
-        dy8 = None
         dx = packed_matmul_input_gradient(
             dy,
             leaves["trits"],
@@ -208,10 +210,8 @@ def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
             implementation=spec.implementation,
         )
 
-    def dw(dtype: jnp.dtype) -> jax.Array:
-        if dy8 is None:
+        def dw(dtype: jnp.dtype) -> jax.Array:
             return weight_gradient(x, dy, dtype)
-        return float8.product(dy8, float8.rounded(x, float8.OPERAND), (0, 0), dtype)
 
     def score() -> jax.Array:
         return correlation_score(x, dy, leaves["trits"], group_size=spec.group_size, implementation=spec.implementation)
