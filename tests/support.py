@@ -18,6 +18,14 @@ ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 
 
 @dataclass(frozen=True)
+class PowerLaw:
+    """`S = 2^E`: with small integers as activations products are exact in float32, and operands in float8."""
+
+    def scale(self, leaves, group_size):
+        return jnp.exp2(leaves["exponent"].astype(jnp.float32))
+
+
+@dataclass(frozen=True)
 class Sample:
     """A random matrix as the operators take it, and the same in plain NumPy."""
 

@@ -6,20 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assert_trees_equal, is_float, score_by_hand, values_of
+from support import PowerLaw, assert_trees_equal, is_float, score_by_hand, values_of
 
 from arbs_kernels.autodiff import MatmulSpec, make_probe, ternary_gather, ternary_matmul
 from arbs_kernels.codec import pack_rows
 
 N, K, G, M = 14, 33, 8, 3
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """`S = 2^E`: with small integers as activations every product below is exact in float32."""
-
-    def scale(self, leaves, group_size):
-        return jnp.exp2(leaves["exponent"].astype(jnp.float32))
 
 
 SPEC = MatmulSpec(K, G, PowerLaw())

@@ -1,12 +1,10 @@
 """Float8 operands: what rounding does and does not, and products, exact wherever operands are."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import score_by_hand
+from support import ROUNDOFF, PowerLaw, score_by_hand
 
 from arbs_kernels import float8
 from arbs_kernels.autodiff import MatmulSpec, make_probe, ternary_matmul
@@ -94,18 +92,9 @@ def test_a_product_is_that_of_the_rounded_operands(contracted, dtype):
     exact = np.tensordot(wide(a), wide(b), (contracted[:1], contracted[1:]))
     terms = np.tensordot(np.abs(wide(a)), np.abs(wide(b)), (contracted[:1], contracted[1:]))
     result = np.asarray(found).astype(np.float64)
-    rounding = {"float32": 2.0**-24, "bfloat16": 2.0**-8}[dtype]
     # Hopper adds 32 products at a time to sums of some 14 bits; elsewhere they are float32.
     adding = 300 * 2.0**-23 if compute_capability() == 0.0 else -(-300 // 32) * 2.0**-13
-    assert np.all(np.abs(result - exact) <= np.abs(exact) * rounding + terms * adding)
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """`S = 2^E`: with small integers as activations float8 loses nothing."""
-
-    def scale(self, leaves, group_size):
-        return jnp.exp2(leaves["exponent"].astype(jnp.float32))
+    assert np.all(np.abs(result - exact) <= np.abs(exact) * ROUNDOFF[dtype] + terms * adding)
 
 
 N, K, G = 24, 40, 8

@@ -1,11 +1,10 @@
 """Products by expert under `jax.grad`: those of every expert's matrix by itself."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import PowerLaw
 
 from arbs_kernels.autodiff import MatmulSpec, make_probe, ternary_matmul
 from arbs_kernels.codec import pack_rows
@@ -14,14 +13,6 @@ from arbs_kernels.grouped_autodiff import ternary_grouped_matmul
 X, N, K, G, M = 3, 5, 12, 4, 9
 SIZES = jnp.asarray([4, 0, 3], jnp.int32)
 SPANS = ((0, 4), (4, 4), (4, 7))
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """`S = 2^E`: with small integers as activations every product is exact in float32."""
-
-    def scale(self, leaves, group_size):
-        return jnp.exp2(leaves["exponent"].astype(jnp.float32))
 
 
 SPEC = MatmulSpec(K, G, PowerLaw())
