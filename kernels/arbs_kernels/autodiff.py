@@ -158,7 +158,9 @@ def _matmul(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None) ->
     x, leaves = in_turn(x, leaves)
     rows = x.reshape(-1, spec.in_features)
     if _in_float8(spec, rows):
-        y = float8.product(float8.rounded(rows, float8.OPERAND), _float8_weight(spec, leaves), (1, 1), x.dtype)
+        y = float8.product(
+            float8.rounded(rows, float8.OPERAND), _float8_weight(spec, leaves), (1, 1), x.dtype, spec.implementation
+        )
     else:
         y = packed_matmul(
             rows,
@@ -196,10 +198,10 @@ def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
     dy = dy.reshape(x.shape[0], -1).astype(x.dtype)
     if _in_float8(spec, x):
         short = float8.rounded(dy, float8.COTANGENT)
-        dx = float8.product(short, _float8_weight(spec, leaves), (1, 0), dy.dtype)
+        dx = float8.product(short, _float8_weight(spec, leaves), (1, 0), dy.dtype, spec.implementation)
 
         def dw(dtype: jnp.dtype) -> jax.Array:
-            return float8.product(short, float8.rounded(x, float8.OPERAND), (0, 0), dtype)
+            return float8.product(short, float8.rounded(x, float8.OPERAND), (0, 0), dtype, spec.implementation)
     else:
         dx = packed_matmul_input_gradient(
             dy,

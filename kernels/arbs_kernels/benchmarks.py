@@ -4,7 +4,7 @@ The dense counterpart of a product is the same product with the weight dense in 
 score, the bare product dW = dy^T x; of a product by expert, one batched product of equal shares of the rows; of a
 gather, the same gather from a dense table; of decoding, reading and writing the dense weight once; of a latent step,
 subtracting the direction from int8 latents that are not packed, which have as many bytes; of a gradient's sample,
-rounding the gradient to int8.
+rounding the gradient to int8; of turning bytes round, negating them.
 """
 
 import functools
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arbs_kernels.byte_transpose import api as transpose_api
 from arbs_kernels.cases import CASES, EXPERT_CASES, Case
 from arbs_kernels.codec import pack_rows
 from arbs_kernels.correlation_score import api as score_api
@@ -104,7 +105,7 @@ class Benchmark:
 
     def shape(self, case: Case) -> Case:
         """The case as this operator sees it: decoding meets no activations, most meet one matrix."""
-        meets_rows = not {"x", "dy", "ids"}.isdisjoint(self.inputs)
+        meets_rows = not {"x", "dy", "ids", "activation_bytes"}.isdisjoint(self.inputs)
         return replace(case, rows=case.rows if meets_rows else 1, experts=case.experts if self.by_expert else 1)
 
 
@@ -143,6 +144,7 @@ _MAKE: dict[str, Callable[[jax.Array, Case, Any], jax.Array]] = {
     "residual": lambda key, case, _: _packed(key, (_LATENT_PLANES - 1, *_matrix(case))),
     "row_factors": lambda key, case, _: jax.random.uniform(key, (case.out_features,), jnp.float32, 0.5, 1.5),
     "column_factors": lambda key, case, _: jax.random.uniform(key, (case.in_features,), jnp.float32, 0.5, 1.5),
+    "activation_bytes": lambda key, case, _: jax.random.bits(key, (case.rows, case.in_features), jnp.uint8),
     "latents": lambda key, case, _: jax.random.bits(key, _matrix(case), jnp.uint8).astype(jnp.int8),
     "one": lambda *_: jnp.ones((), jnp.float32),
     "word": lambda key, *_: jax.random.bits(key, (), jnp.uint32),
@@ -282,12 +284,25 @@ BENCHMARKS: dict[str, Benchmark] = {
         product=False,
         is_tuned=False,
     ),
+    "byte_transpose": Benchmark(
+        transpose_api.byte_transpose,
+        transpose_api.TRANSPOSE,
+        "byte_transpose",
+        ("activation_bytes",),
+        lambda _case, _dtype: {},
+        jnp.negative,
+        ("activation_bytes",),
+        product=False,
+        is_tuned=False,
+    ),
 }
 """By the name that messages and the tuned table use."""
 
 
 def agree(operator: str, got: Any, expected: Any) -> bool:
     """Whether a result is that of another implementation, up to rounding and the signs of gradients near zero."""
+    if operator == "byte_transpose":
+        return bool(jnp.all(got == expected))
     if operator == "latent_step":  # bytes, of which a difference in rounding moves some
         return all(bool(jnp.mean(a != b) < 0.001) for a, b in zip(got, expected, strict=True))
     if operator == "gradient_sample":

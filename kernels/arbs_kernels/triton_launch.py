@@ -43,8 +43,10 @@ _POINTERS = {
     "float16": "*fp16",
     "bfloat16": "*bf16",
     "float32": "*fp32",
+    "float8_e4m3fn": "*u8",
+    "float8_e5m2": "*u8",
 }
-"""Triton's names of pointers to dtypes."""
+"""Triton's names of pointers to dtypes. Kernels see the codes of float8: Triton need not know the type."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ WORK = {
     "grouped_score": (Case(512, 128, 512, 32, "many", experts=4),),
     "gradient_sample": (Case(1, 33, 70, 12, "groups that are no power of two"),),
     "latent_step": (Case(1, 33, 300, 32, "five planes"),),
+    "byte_transpose": (Case(132, 1, 260, 32, "words"), Case(33, 1, 70, 32, "bytes")),
 }
 
 

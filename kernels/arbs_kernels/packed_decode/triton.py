@@ -207,19 +207,16 @@ def weight_of(
     check_size("packed_decode", "scale", scale)
     N, P = trits.shape
     K, R = in_features, scale.shape[1]
-    name, stored = jnp.dtype(dtype).name, dtype
     if dtype == jnp.float8_e4m3fn:
-        scale, stored = jax.lax.bitcast_convert_type(scale.astype(dtype), jnp.uint8), jnp.dtype(jnp.uint8)
-    shape = {"N": N, "K": K, "P": P, "R": R, "G": group_size, "DTYPE": name}
-    run = partial(launch, out=jax.ShapeDtypeStruct((N, K), stored), num_warps=num_warps, num_stages=1, **shape)
+        scale = scale.astype(dtype)
+    shape = {"N": N, "K": K, "P": P, "R": R, "G": group_size, "DTYPE": jnp.dtype(dtype).name}
+    run = partial(launch, out=jax.ShapeDtypeStruct((N, K), dtype), num_warps=num_warps, num_stages=1, **shape)
     if dtype != jnp.float32 and K % 8 == 0 and group_size % 8 == 0:
         rows = 32
         shared = triton.cdiv(N, rows) if P % 8 else 0
         grid = (triton.cdiv(N * K // 8, chunks) + shared,)
-        weight = run(decode_chunks, trits, scale, grid=grid, CHUNKS=chunks, ROWS=rows)
-    else:
-        columns = min(8 * chunks, triton.next_power_of_2(K))
-        rows = 8 * chunks // columns
-        grid = (triton.cdiv(N, rows), triton.cdiv(K, columns))
-        weight = run(decode_elements, trits, scale, grid=grid, ROWS=rows, COLUMNS=columns)
-    return weight if stored == dtype else jax.lax.bitcast_convert_type(weight, dtype)
+        return run(decode_chunks, trits, scale, grid=grid, CHUNKS=chunks, ROWS=rows)
+    columns = min(8 * chunks, triton.next_power_of_2(K))
+    rows = 8 * chunks // columns
+    grid = (triton.cdiv(N, rows), triton.cdiv(K, columns))
+    return run(decode_elements, trits, scale, grid=grid, ROWS=rows, COLUMNS=columns)
