@@ -60,10 +60,11 @@ def main() -> None:
     """Parses flags, times, prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[16384])
+    parser.add_argument("--sizes", nargs="+", default=["x".join(map(str, size)) for size in SIZES], help="NxK")
     args = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}: M x N x K, microseconds in bfloat16 / float8 (ratio)")
     for rows in args.rows:
-        for n, k in SIZES:
+        for n, k in (map(int, size.split("x")) for size in args.sizes):
             shapes = jax.eval_shape(lambda rows=rows, n=n, k=k: inputs(rows, n, k, 0))
             count = min(4, rotation(nbytes(shapes), nbytes(shapes), effort_here()))
             sets = [inputs(rows, n, k, seed) for seed in range(count)]
