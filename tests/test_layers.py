@@ -9,6 +9,7 @@ from support import is_float, score_by_hand
 
 from arbs_jax import Integral, TernaryConfig, TernaryDense, TernaryEmbed, TernaryRMSNorm, matrix_specs, value_and_votes
 from arbs_jax.errors import ConfigError
+from arbs_jax.layers import written_out
 from arbs_jax.state import MatrixSpec
 from arbs_jax.votes import decode_tree
 from arbs_kernels.codec import unpack_rows
@@ -165,6 +166,17 @@ def test_rms_norm():
     short = np.asarray(norm.apply({}, jnp.asarray(300 * x, jnp.bfloat16))).astype(np.float64)
     np.testing.assert_allclose(short, exact, rtol=2 * 2**-8, atol=1e-30)
     assert not np.asarray(norm.apply({}, jnp.zeros((2, 4), jnp.float32))).any()
+
+
+def test_what_is_written_out_is_as_it_was_and_its_cotangents_are_free():
+    def loss(x):
+        one, two = written_out((x, 2 * x))
+        return jnp.sum(one * two)
+
+    assert float(loss(jnp.asarray([3.0, 4.0]))) == 50
+    np.testing.assert_array_equal(jax.grad(loss)(jnp.asarray([3.0, 4.0])), [12, 16])
+    # A barrier for the cotangents as well would have them written before they are rounded.
+    assert [str(jax.make_jaxpr(of)(X)).count("optimization_barrier") for of in (loss, jax.grad(loss))] == [1, 1]
 
 
 def test_shapes_that_make_no_matrix_are_refused():

@@ -14,7 +14,7 @@ Only the activations and the integer leaves are saved for backward; the scale an
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,15 @@ class MatmulSpec:
     float8: bool = False
     """Whether operands of products, and of the gradient that a rule samples, are rounded to float8 from
     `float8.LEAST_ROWS` rows of activations on (`arbs_kernels.float8`)."""
+
+    def operands(self, leaves: Leaves) -> tuple[jax.Array, jax.Array]:
+        """Trits and group scales, the arguments that stand for a matrix in every operator."""
+        return leaves["trits"], self.law.scale(leaves, self.group_size)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every operator on those is told by name."""
+        return {"group_size": self.group_size, "implementation": self.implementation}
 
 
 def make_probe(
@@ -162,13 +171,7 @@ def _matmul(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None) ->
             float8.rounded(rows, float8.OPERAND), _float8_weight(spec, leaves), (1, 1), x.dtype, spec.implementation
         )
     else:
-        y = packed_matmul(
-            rows,
-            leaves["trits"],
-            spec.law.scale(leaves, spec.group_size),
-            group_size=spec.group_size,
-            implementation=spec.implementation,
-        )
+        y = packed_matmul(rows, *spec.operands(leaves), **spec.options)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -177,13 +180,7 @@ def _in_float8(spec: MatmulSpec, rows: jax.Array) -> bool:
 
 
 def _float8_weight(spec: MatmulSpec, leaves: dict) -> float8.Float8:
-    return float8.weight(
-        leaves["trits"],
-        spec.law.scale(leaves, spec.group_size),
-        in_features=spec.in_features,
-        group_size=spec.group_size,
-        implementation=spec.implementation,
-    )
+    return float8.weight(*spec.operands(leaves), in_features=spec.in_features, **spec.options)
 
 
 def _matmul_forward(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None):
@@ -203,20 +200,13 @@ def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
         def dw(dtype: jnp.dtype) -> jax.Array:
             return float8.product(short, float8.rounded(x, float8.OPERAND), (0, 0), dtype, spec.implementation)
     else:
-        dx = packed_matmul_input_gradient(
-            dy,
-            leaves["trits"],
-            spec.law.scale(leaves, spec.group_size),
-            in_features=spec.in_features,
-            group_size=spec.group_size,
-            implementation=spec.implementation,
-        )
+        dx = packed_matmul_input_gradient(dy, *spec.operands(leaves), in_features=spec.in_features, **spec.options)
 
         def dw(dtype: jnp.dtype) -> jax.Array:
             return weight_gradient(x, dy, dtype)
 
     def score() -> jax.Array:
-        return correlation_score(x, dy, leaves["trits"], group_size=spec.group_size, implementation=spec.implementation)
+        return correlation_score(x, dy, leaves["trits"], **spec.options)
 
     votes = _votes(kinds, dy, dw, score)
     return dx.reshape(given.shape), None, votes
@@ -227,15 +217,7 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gather(spec: MatmulSpec, dtype: jnp.dtype, ids: jax.Array, leaves: dict, probe: dict | None) -> jax.Array:
-    return packed_row_gather(
-        ids,
-        leaves["trits"],
-        spec.law.scale(leaves, spec.group_size),
-        in_features=spec.in_features,
-        group_size=spec.group_size,
-        dtype=dtype,
-        implementation=spec.implementation,
-    )
+    return packed_row_gather(ids, *spec.operands(leaves), in_features=spec.in_features, dtype=dtype, **spec.options)
 
 
 def _gather_forward(spec: MatmulSpec, dtype: jnp.dtype, ids: jax.Array, leaves: dict, probe: dict | None):

@@ -82,14 +82,7 @@ def _product(
     spec: MatmulSpec, x: jax.Array, sizes: jax.Array, use: jax.Array, leaves: dict, probe: dict | None
 ) -> jax.Array:
     x, leaves = in_turn(x, leaves)
-    return grouped_matmul(
-        x,
-        sizes,
-        leaves["trits"],
-        spec.law.scale(leaves, spec.group_size),
-        group_size=spec.group_size,
-        implementation=spec.implementation,
-    )
+    return grouped_matmul(x, sizes, *spec.operands(leaves), **spec.options)
 
 
 def _product_forward(
@@ -102,22 +95,12 @@ def _product_backward(spec: MatmulSpec, saved, dy: jax.Array):
     x, sizes, use, leaves, kinds = saved
     dy, leaves = in_turn(dy, leaves)
     dy = dy.astype(x.dtype)
-    dx = grouped_matmul_input_gradient(
-        dy,
-        sizes,
-        leaves["trits"],
-        spec.law.scale(leaves, spec.group_size),
-        in_features=spec.in_features,
-        group_size=spec.group_size,
-        implementation=spec.implementation,
-    )
+    dx = grouped_matmul_input_gradient(dy, sizes, *spec.operands(leaves), in_features=spec.in_features, **spec.options)
     if kinds is None:
         return dx, None, None, None, None
     dtypes, votes = dict(kinds.dtypes), {}
     if "score" in dtypes:
-        score = grouped_score(
-            x, dy, sizes, leaves["trits"], group_size=spec.group_size, implementation=spec.implementation
-        )
+        score = grouped_score(x, dy, sizes, leaves["trits"], **spec.options)
         votes["score"] = score.astype(dtypes["score"])
     if "gradient" in dtypes:
         votes["gradient"] = grouped_weight_gradient(

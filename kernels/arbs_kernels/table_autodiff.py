@@ -60,7 +60,7 @@ def _rows(spec: MatmulSpec, dtype: jnp.dtype, ids: jax.Array, leaves: dict, prob
     flat = ids.reshape(-1)
     inside = _inside(flat, leaves)
     own = {name: leaf if leaf.ndim < 2 else rows_of(leaf, flat) for name, leaf in leaves.items()}
-    rows = decode(own["trits"], spec.law.scale(own, spec.group_size), spec.in_features, spec.group_size, dtype)
+    rows = decode(*spec.operands(own), spec.in_features, spec.group_size, dtype)
     return jnp.where(inside[:, None], rows, jnp.zeros((), dtype)).reshape(*ids.shape, spec.in_features)
 
 

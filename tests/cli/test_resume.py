@@ -28,6 +28,7 @@ def assert_same_run(run: Path, expected: Path, steps: int = STEPS) -> None:
     assert tags(run) == tags(expected)
 
 
+@pytest.mark.slow
 def test_a_terminated_process_goes_on_bit_for_bit(reference: Callable[..., Reference], tmp_path: Path):
     run = tmp_path / "run"
     process = start("train", "--run", run, *flags("integral", 2))
@@ -156,7 +157,7 @@ def _with_canaries(run: Path) -> dict[str, Any]:
     return tree["ternary"]
 
 
-@pytest.mark.parametrize("rule", ["integral", "bigint"])
+@pytest.mark.parametrize("rule", ["integral", pytest.param("bigint", marks=pytest.mark.slow)])
 def test_values_past_32_bits_survive_training_saving_and_resuming(tmp_path: Path, rule: str):
     run, whole = tmp_path / "run", tmp_path / "whole"
     assert call("train", "--run", run, *flags(rule, 2), "--stop-at", 3) == 0

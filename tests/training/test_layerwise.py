@@ -220,7 +220,7 @@ class Bytes:
         self.sweep = jitted(byte_stages(config, ternary), self.rule, self.specs)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_byte_model_in_stages_is_the_byte_model(tied):
     built = Bytes(tied)
 
