@@ -19,6 +19,7 @@ from arbs_jax.config import RunConfig, TrainConfig
 from arbs_jax.data import Corpus, split, train_windows, validation_windows
 from arbs_jax.layers import COLLECTION, DENSE
 from arbs_jax.models import cross_entropy, preset
+from arbs_jax.models.family import family_of
 from arbs_jax.rules import RuleConfig, default_group_size
 from arbs_jax.training.program import Program
 from arbs_jax.training.step import fresh_state, make_step
@@ -71,6 +72,8 @@ class Outcome:
     train_loss: float
     curve: list[float]
     """Mean training loss of every chunk."""
+    val_loss_float8: float | None = None
+    """Validation with float8 products, of a run that trained with them."""
 
 
 class Data:
@@ -177,8 +180,13 @@ def train_rule(
     states = jax.jit(jax.vmap(lambda seed: fresh_state(program.variables(seed)[COLLECTION])))(seeds)
     (states, _), losses, seconds = _drive(step, (states, seeds), data, runs)
     apply = lambda state, tokens: program.model.apply({COLLECTION: state}, tokens)  # noqa: E731
-    validation = _evaluate(apply, states.ternary, data.validation(runs))
-    return _outcomes(runs, losses, validation), bits, seconds
+    outcomes = _outcomes(runs, losses, _evaluate(apply, states.ternary, data.validation(runs)))
+    if program.config.train.float8:
+        trained = family_of(program.config.model, replace(program.ternary, float8=True)).module
+        apply = lambda state, tokens: trained.apply({COLLECTION: state}, tokens)  # noqa: E731
+        as_trained = _evaluate(apply, states.ternary, data.validation(runs))
+        outcomes = [replace(own, val_loss_float8=float(as_trained[i])) for i, own in enumerate(outcomes)]
+    return outcomes, bits, seconds
 
 
 def train_baseline(setting: Setting, baseline: Baseline, data: Data, runs: list[Run]) -> tuple[list[Outcome], float]:

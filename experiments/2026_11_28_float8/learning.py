@@ -2,7 +2,8 @@
 
     python learning.py --preset byte-50m --steps 1200 --batch 32 --context 256 --corpora pycode --products dtype float8
 
-Validation has no float8 (`arbs_jax.training.program`). One line of JSON for each run.
+`val_loss` is without float8, as the library validates (`arbs_jax.training.program`), `val_loss_float8` is with it, as
+such a run was trained. One line of JSON for each run.
 """
 
 import argparse
@@ -43,6 +44,7 @@ def main() -> None:
                     "corpus": Path(outcome.run.corpus).stem,
                     "seed": outcome.run.seed,
                     "val_loss": round(outcome.val_loss, 5),
+                    "val_loss_float8": outcome.val_loss_float8 and round(outcome.val_loss_float8, 5),
                     "train_loss": round(outcome.train_loss, 5),
                     "device": jax.devices()[0].device_kind,
                     **asdict(own),
@@ -50,7 +52,7 @@ def main() -> None:
                 for outcome in done
             ]
             print(rule, products, f"{np.mean([row['val_loss'] for row in rows]):.4f}",
-                  [row["val_loss"] for row in rows], flush=True)  # fmt: skip
+                  [(row["val_loss"], row["val_loss_float8"]) for row in rows], flush=True)  # fmt: skip
             if args.out:
                 with args.out.open("a") as file:
                     file.writelines(f"{json.dumps(row)}\n" for row in rows)
