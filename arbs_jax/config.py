@@ -50,6 +50,8 @@ class TrainConfig:
     """Bytes the model sees in a window."""
     accum: int = 1
     """Micro-batches a step; each is a vote of its own."""
+    devices: int = 1
+    """Devices of this process that share the micro-batches of a step, each with the whole state."""
     seed: int = 0
     """Seeds initial state, data order and sampled votes."""
     kernel: str = "auto"
@@ -61,10 +63,15 @@ class TrainConfig:
     the device (`arbs_jax.training.program`)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "context", "accum", "layers_at_once"):
+        for name in ("steps", "batch", "context", "accum", "devices", "layers_at_once"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 flag = "ctx" if name == "context" else name.replace("_", "-")
                 raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, name)}")
+        if self.accum % self.devices:
+            raise ConfigError(
+                f"--devices must divide the micro-batches of --accum, got {self.devices} and {self.accum}; "
+                f"pass --accum {self.devices} or a multiple of it"
+            )
         # JAX keeps 32 bits of a seed: a longer one would repeat the state of a shorter one without a word.
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"--seed must be in [0, 2^32), got {self.seed}")
@@ -201,6 +208,7 @@ class RunConfig:
 MAY_CHANGE = frozenset(
     {
         "train.steps",
+        "train.devices",
         "train.kernel",
         "train.products",
         "train.layers_at_once",
@@ -212,6 +220,6 @@ MAY_CHANGE = frozenset(
 )
 """Keys of `config.json` that may differ when a run is resumed: the rest decides the state bit for bit.
 
-More steps or another rate are asked for with open eyes; another kernel, other products or more layers at once round
-differently; a text may have moved, and its fingerprint is compared.
+More steps or another rate are asked for with open eyes; another kernel, other products, more layers at once or other
+devices round differently (votes add exactly); a text may have moved, and its fingerprint is compared.
 """

@@ -38,7 +38,7 @@ _WHERE_FROM = ("jax_compilation_cache_dir", "jax_persistent_cache")
 _log = logging.getLogger(__name__)
 
 
-def compiled(name: str, function: Any, *arguments: Any, settings: Any) -> Any:
+def compiled(name: str, function: Any, *arguments: Any, settings: Any, devices: list[jax.Device] | None = None) -> Any:
     """`function.lower(*arguments).compile()`, from JAX's cache folder where an earlier start left it there.
 
     Args:
@@ -46,6 +46,7 @@ def compiled(name: str, function: Any, *arguments: Any, settings: Any) -> Any:
         function: from `jax.jit`.
         arguments: pytrees of arrays or `jax.ShapeDtypeStruct`.
         settings: JSON-like; with the arguments' shapes all that decides what `function` computes, besides its source.
+        devices: that run it together; None for the default device.
 
     Returns:
         A `jax.stages.Compiled`. Without a cache folder (`arbs_jax.compilation.enable_cache`) nothing is kept, nor is
@@ -55,7 +56,7 @@ def compiled(name: str, function: Any, *arguments: Any, settings: Any) -> Any:
     if folder is None:
         return function.lower(*arguments).compile()
     path = Path(folder) / _FOLDER / f"{name}-{_key(name, arguments, settings)}"
-    found = _read(path, arguments)
+    found = _read(path, arguments, devices or [default_device()])
     if found is not None:
         jax.monitoring.record_event(FOUND)
         return found
@@ -117,7 +118,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _read(path: Path, arguments: Any) -> Any:
+def _read(path: Path, arguments: Any, devices: list[jax.Device]) -> Any:
     """The program at `path`; None where there is none, or none that can be read: it is then made anew."""
     try:
         data = path.read_bytes()
@@ -130,7 +131,7 @@ def _read(path: Path, arguments: Any) -> Any:
             payload,
             jax.tree.structure((arguments, {})),
             jax.tree.structure(results),
-            execution_devices=[default_device()],
+            execution_devices=devices,
         )
         os.utime(path)
     except FileNotFoundError:

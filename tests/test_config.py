@@ -28,7 +28,15 @@ FAR_FROM_DEFAULT = RunConfig(
     rule=RuleConfig("bigint", learning_rate=0.5, strength=16.0, warmup=7),
     data=DataConfig("texts/", 0.25, 1234),
     train=TrainConfig(
-        steps=9, batch=3, context=128, accum=4, seed=2**32 - 1, kernel="xla", products="float8", layers_at_once=2
+        steps=9,
+        batch=3,
+        context=128,
+        accum=4,
+        devices=2,
+        seed=2**32 - 1,
+        kernel="xla",
+        products="float8",
+        layers_at_once=2,
     ),
     log=LogConfig(1, 2, 3, 4, 5),
 )

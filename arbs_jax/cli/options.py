@@ -187,6 +187,11 @@ class ModelFlags:
     accum: Annotated[
         int | None, whole("--accum"), about("Micro-batches a step, each a vote.", str(TrainConfig.accum))
     ] = None
+    devices: Annotated[
+        int | None,
+        whole("--devices"),
+        about("Devices that share the micro-batches of a step.", str(TrainConfig.devices)),
+    ] = None
     steps: Annotated[int | None, whole("--steps"), about("Steps in the whole run.", str(TrainConfig.steps))] = None
     seed: Annotated[
         int | None, whole("--seed"), about("Seed of state, data order and samples.", str(TrainConfig.seed))
@@ -236,6 +241,7 @@ class ModelFlags:
             context=self.ctx,
             batch=self.batch,
             accum=self.accum,
+            devices=self.devices,
             steps=self.steps,
             seed=self.seed,
             kernel=self.kernel,

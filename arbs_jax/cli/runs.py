@@ -3,8 +3,6 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jax
-
 from arbs_jax.audit import Audit, require_integers
 from arbs_jax.cli.display import errors, megabytes
 from arbs_jax.cli.options import newest_run, saved_config
@@ -33,20 +31,22 @@ class OpenRun:
 
 
 def admitted(program: Program) -> tuple[Audit, int | None]:
-    """(the program's account, the bytes that the device has for it), before anything is allocated.
+    """(the program's account, the bytes that each of its devices has for it), before anything is allocated.
 
     Raises:
-        StateError: the model keeps floats. ConfigError: its state does not fit the device.
+        StateError: the model keeps floats. ConfigError: its state does not fit a device, or devices are missing.
     """
-    account, room = program.account, device_room(jax.local_devices()[0])
+    rooms = [room for device in program.devices if (room := device_room(device)) is not None]
+    account, room = program.account, min(rooms, default=None)
     require_integers(account)
     check_room(account.state_bytes, room, f"the state of {program.config.preset}")
     return account, room
 
 
-def make_room(need: int) -> None:
-    """Reserves bytes for what will run; says so where the device does not have them in one piece."""
-    if not reserve(need, jax.local_devices()[0]):
+def make_room(need: int, program: Program) -> None:
+    """Reserves bytes for what will run; says so where a device does not have them in one piece."""
+    reserved = [reserve(need, device) for device in program.devices]
+    if not all(reserved):
         errors.print(
             f"warning: the device does not give {megabytes(need)} in one piece, though it has as many; other processes "
             "may hold them, and this one may run out of memory",
@@ -83,7 +83,8 @@ def open_run(
     config = config or saved_config(path)
     if kernel is not None:
         config = replace(config, train=replace(config.train, kernel=kernel))
-    program = Program(config)
+    # One device looks at a run, however many trained it.
+    program = Program(replace(config, train=replace(config.train, devices=1)))
     with Checkpointer(RunFolder(path).checkpoints) as reader:
         chosen = checkpoint or ("best" if "best" in reader.tags() else "latest")
         tree, _ = reader.restore(checkpoint_name(chosen))

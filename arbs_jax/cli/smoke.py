@@ -73,7 +73,7 @@ def run(args: Smoke) -> None:
         result |= {"step_cold": compiling, "step_planned_megabytes": peak_bytes(step) / 1e6}
         need = max(need, peak_bytes(step))
         check_room(need, room)
-    make_room(need)
+    make_room(need, program)
     result["seconds_init"], state = _timed(lambda: jax.block_until_ready(program.init_state()))
 
     rng = np.random.default_rng(config.train.seed)

@@ -184,7 +184,7 @@ def _prepare(
             # Before the state is there: the compiler tries kernels out, in memory of its own.
             step = program.compile_step()
         check_room(peak_bytes(step), room)
-        make_room(peak_bytes(step))
+        make_room(peak_bytes(step), program)
     except BaseException:
         if resumed is None:  # Nothing has begun, and the same command may be given again.
             folder.config.unlink(missing_ok=True)
@@ -193,7 +193,7 @@ def _prepare(
         if resumed is None:
             state = program.init_state()
         else:
-            state = TrainState(**to_device(resumed.tree))
+            state = TrainState(**to_device(resumed.tree, program.placed))
             batches.set_state(resumed.data)
     resume_step = None if resumed is None else resumed.progress.step
     writer = MultiWriter(

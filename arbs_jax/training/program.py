@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from arbs_jax.audit import Audit, audit
 from arbs_jax.compilation import deterministic_options
 from arbs_jax.config import RunConfig
 from arbs_jax.data import ValidationBatch
+from arbs_jax.errors import ConfigError
 from arbs_jax.executables import compiled
 from arbs_jax.layers import COLLECTION, MEMORY, TernaryConfig
 from arbs_jax.models.family import Family, family_of
@@ -19,6 +21,7 @@ from arbs_jax.rules import make_rule
 from arbs_jax.state import flatten_specs, validate_tree
 from arbs_jax.training.layerwise import Sweep
 from arbs_jax.training.step import TrainState, fresh_state, jit_step, make_step
+from arbs_kernels.backends import default_device
 
 GROUP_GRADIENT_BYTES = 2**27
 """Gradients, in the activations' dtype, of the layers that move together on a GPU, whatever the batch. Moving small
@@ -27,6 +30,9 @@ move one after another, once and a quarter (`byte-1b`: 1,412 MB for 1,130)."""
 MOST_GROUP_GRADIENT_BYTES = 5 * 2**28
 """The same of a large batch, within what backward keeps of it anyway. `byte-1b` takes 285 ms a step of 16 x 1024 bytes
 one layer at a time and 252 with 1,130 MB of them; more has not been tried (experiments/2026_11_28_float8)."""
+
+_DATA = "data"
+"""Axis of the devices that share the micro-batches of a step."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,39 @@ class Program:
         state = self.abstract_state
         return audit(self.abstract_variables, self.specs, extra=[state.step, state.halted], parts=self.family.parts)
 
+    @property
+    def devices(self) -> list[jax.Device]:
+        """Those that share a step.
+
+        Raises:
+            ConfigError: this process has fewer.
+        """
+        count, here = self.config.train.devices, jax.local_devices()
+        if count > len(here):
+            raise ConfigError(f"--devices must be at most those of this process, which has {len(here)}, got {count}")
+        return [default_device()] if count == 1 else here[:count]
+
+    @cached_property
+    def mesh(self) -> Mesh | None:
+        """`devices` in a row; None for one."""
+        if len(self.devices) == 1:
+            return None
+        return jax.make_mesh((len(self.devices),), (_DATA,), axis_types=(AxisType.Auto,), devices=self.devices)
+
+    @property
+    def placed(self) -> NamedSharding | None:
+        """Where state lies: whole on each of the devices that share a step; None for one."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
+    def _jit(self, function: Any) -> Any:
+        """On every device that holds the state, all doing the same."""
+        if self.placed is None:
+            return jax.jit(function)
+        return jax.jit(function, in_shardings=self.placed, out_shardings=self.placed)
+
     @cached_property
     def _init(self) -> Any:
-        return jax.jit(lambda seed: _fresh(self.variables(seed)))
+        return self._jit(lambda seed: _fresh(self.variables(seed)))
 
     def init_state(self) -> TrainState:
         """Fresh state on the device, from the configured seed."""
@@ -116,7 +152,7 @@ class Program:
         """The jitted, donated training step on tokens uint8 (accum, batch, context + 1); repeats bit for bit."""
         train = self.config.train
         options = deterministic_options() if self.family.takes_cudnn(train.batch, train.context) else None
-        return jit_step(make_step(self.sweep, train.seed), options)
+        return jit_step(make_step(self.sweep, train.seed), options, self.mesh)
 
     @cached_property
     def sweep(self) -> Sweep:
@@ -129,6 +165,7 @@ class Program:
             remat=config.model.remat,
             layers_at_once=self.layers_at_once,
             dtype=config.model.dtype,
+            axis_name=None if self.mesh is None else _DATA,
         )
 
     @property
@@ -139,7 +176,7 @@ class Program:
         round differently."""
         config = self.config
         train, itemsize = config.train, jnp.dtype(config.model.dtype).itemsize
-        inputs = train.accum * train.batch * train.context * config.model.width * itemsize
+        inputs = train.accum // train.devices * train.batch * train.context * config.model.width * itemsize
         wanted = 1 if jax.default_backend() == "cpu" else None
         wanted = train.layers_at_once or wanted
 
@@ -162,16 +199,15 @@ class Program:
     def _compiled(self, name: str, function: Any, *arguments: Any) -> Any:
         """`function` for these arguments; everything in the configuration decides it but data and looks."""
         settings = {key: value for key, value in self.config.to_json().items() if key not in ("data", "log")}
-        return compiled(name, function, *arguments, settings=settings)
+        return compiled(name, function, *arguments, settings=settings, devices=self.devices)
 
     @cached_property
     def _nats(self) -> Any:
-        @jax.jit
         def nats(ternary: Any, memory: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
             losses = self.family.nats({COLLECTION: ternary, MEMORY: memory}, tokens)
             return jnp.sum(jnp.where(valid[:, None], losses, 0.0))
 
-        return nats
+        return self._jit(nats)
 
     def compile_evaluation(self) -> Any:
         """Compiles one validation batch ahead of time: `(ternary, memory, windows uint8 (B, T+1), valid bool (B,))` to

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from arbs_jax.errors import StateError
 from arbs_jax.rules.base import shares
@@ -76,6 +77,23 @@ def make_step(sweep: Sweep, seed: int) -> StepFunction:
     return step
 
 
-def jit_step(step: StepFunction, compiler_options: dict[str, bool] | None = None) -> Any:
-    """The step compiled once, its state donated so that the update is in place."""
-    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
+def jit_step(
+    step: StepFunction, compiler_options: dict[str, bool] | None = None, mesh: jax.sharding.Mesh | None = None
+) -> Any:
+    """The step compiled once, its state donated so that the update is in place.
+
+    The devices of a `mesh` of one axis share the micro-batches, and each holds state and metrics whole; the step is
+    then of a `Sweep` with the axis' name.
+    """
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
+    (axis,) = mesh.axis_names
+    whole, split = PartitionSpec(), PartitionSpec(axis)
+    shared = jax.shard_map(step, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=False)
+    return jax.jit(
+        shared,
+        donate_argnums=0,
+        compiler_options=compiler_options,
+        in_shardings=(NamedSharding(mesh, whole), NamedSharding(mesh, split)),
+        out_shardings=NamedSharding(mesh, whole),
+    )

@@ -54,7 +54,7 @@ def test_help_explains_every_flag(name: str, capsys: pytest.CaptureFixture[str])
 
 def test_a_run_folder_is_complete(finished: Path):
     config = json.loads((finished / "config.json").read_text())
-    length = {"steps": STEPS, "batch": 2, "context": 16, "accum": 2, "layers_at_once": None}
+    length = {"steps": STEPS, "batch": 2, "context": 16, "accum": 2, "devices": 1, "layers_at_once": None}
     assert config["train"] == length | {"seed": 0, "kernel": "auto", "products": "dtype"}
     assert 3 < config["unigram_entropy"] < 3.5
     assert config["facts"]["logical_ternary_weights"] == weights("byte-0.4m")

@@ -40,6 +40,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
         (("--batch", "-3"), ("--batch", "at least 1", "-3")),
         (("--ctx", "1025"), ("--ctx 1025", "1024", "--preset")),
         (("--accum", "1.5"), ("--accum", "whole number", "'1.5'")),
+        (("--devices", "2"), ("--devices", "--accum", "2 and 1", "--accum 2 or a multiple")),
+        (("--devices", "64", "--accum", "64"), ("--devices", "at most", "64")),
         (("--layers-at-once", "0"), ("--layers-at-once", "at least 1", "0")),
         (("--layers-at-once", "3"), ("--layers-at-once", "divide", "2 layers", "3")),
         (("--seed", "4294967296"), ("--seed", "2^32", "4294967296")),

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from arbs_jax.cli.runs import make_room
+from arbs_jax.config import RunConfig
 from arbs_jax.errors import ConfigError
 from arbs_jax.training import room
+from arbs_jax.training.program import Program
 from arbs_jax.training.room import check_room, device_room, peak_bytes, reserve
 
 
@@ -65,7 +67,7 @@ def test_what_is_not_there_in_one_piece_is_told(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(room, "device_room", lambda _: 2**40)
     monkeypatch.setattr(jnp, "zeros", refused)
     assert not reserve(4_830_815_205, jax.local_devices()[0])
-    make_room(4_830_815_205)
+    make_room(4_830_815_205, Program(RunConfig()))
     assert "the device does not give 4,831 MB in one piece" in " ".join(capsys.readouterr().err.split())
 
 

@@ -1,17 +1,14 @@
 """Run by test_shards with two host devices: the state of two shards is that of two micro-batches, bit for bit."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import table_chain
 import toy_chain
-from jax.sharding import PartitionSpec
 from support import assert_trees_equal
 
 from arbs_jax.training.layerwise import Sweep
-from arbs_jax.training.step import fresh_state, make_step
+from arbs_jax.training.step import fresh_state, jit_step, make_step
 
 AXIS = "data"
 
@@ -20,10 +17,13 @@ def step_of(rule, axis_name=None):
     return make_step(Sweep(toy_chain.stages(rule), rule, toy_chain.specs(), axis_name=axis_name), seed=3)
 
 
+def on_both(step):
+    """A step whose micro-batches two devices share."""
+    return jit_step(step, mesh=jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,)))
+
+
 def sharded(rule):
-    mesh = jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
-    mapped = partial(jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(AXIS)), check_vma=False)
-    return jax.jit(mapped(step_of(rule, AXIS), out_specs=PartitionSpec()))
+    return on_both(step_of(rule, AXIS))
 
 
 def run_steps(step, batches, rule=toy_chain.RULE):
@@ -105,12 +105,7 @@ def check_tables():
             state, metrics = step(state, table_chain.batches(seed=seed))
         return state, metrics
 
-    mesh = jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
-    mapped = partial(jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(AXIS)), check_vma=False)
-    (expected, metrics), (got, sharded_metrics) = (
-        run(jax.jit(step())),
-        run(jax.jit(mapped(step(AXIS), out_specs=PartitionSpec()))),
-    )
+    (expected, metrics), (got, sharded_metrics) = run(jax.jit(step())), run(on_both(step(AXIS)))
     assert_trees_equal(got, expected)
     assert_replicated(got)
     assert int(got.ternary["front"]["book"]["votes"]) == 4
