@@ -17,7 +17,7 @@ DTYPES = ["uint8", "int8", "float8_e4m3fn", "float8_e5m2"]
 
 
 def drawn(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Every code there is."""
+    """Codes at random, those that are no numbers among them."""
     return np.random.default_rng([31, *shape]).integers(0, 256, shape, np.uint8).view(jnp.dtype(dtype))
 
 
