@@ -179,12 +179,14 @@ def train_rule(
     seeds = jnp.asarray([run.seed for run in runs], jnp.uint32)
     states = jax.jit(jax.vmap(lambda seed: fresh_state(program.variables(seed)[COLLECTION])))(seeds)
     (states, _), losses, seconds = _drive(step, (states, seeds), data, runs)
-    apply = lambda state, tokens: program.model.apply({COLLECTION: state}, tokens)  # noqa: E731
-    outcomes = _outcomes(runs, losses, _evaluate(apply, states.ternary, data.validation(runs)))
+    windows = data.validation(runs)
+
+    def judged(module: Any) -> np.ndarray:
+        return _evaluate(lambda state, tokens: module.apply({COLLECTION: state}, tokens), states.ternary, windows)
+
+    outcomes = _outcomes(runs, losses, judged(program.model))
     if program.config.train.float8:
-        trained = family_of(program.config.model, replace(program.ternary, float8=True)).module
-        apply = lambda state, tokens: trained.apply({COLLECTION: state}, tokens)  # noqa: E731
-        as_trained = _evaluate(apply, states.ternary, data.validation(runs))
+        as_trained = judged(family_of(program.config.model, replace(program.ternary, float8=True)).module)
         outcomes = [replace(own, val_loss_float8=float(as_trained[i])) for i, own in enumerate(outcomes)]
     return outcomes, bits, seconds
 
