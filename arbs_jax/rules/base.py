@@ -52,8 +52,12 @@ class Rule(Protocol):
         """
         ...
 
+    def largest_vote(self, name: str) -> int | None:
+        """The largest magnitude in one vote's entry `name`; None where nothing but its dtype bounds it."""
+        ...
+
     def update(self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, key: jax.Array) -> Matrix:
-        """The state after these summed votes.
+        """The state after these summed votes; after votes of zeros alone, `count` among them, it is what it was.
 
         `step` is int32 (), the number of updates before this one; `key` is of the run and matrix, the same every step.
         Of a sparse table it sees the rows that a step touches, and `touched` int32 (N,) among the votes: how many of

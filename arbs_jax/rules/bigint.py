@@ -37,6 +37,10 @@ class BigInt:
         shift = self.strength * leaves["corr"].astype(jnp.float32) / jnp.maximum(taken, 1.0)
         return exp2_scale(leaves["exponent"], jnp.where(taken > 0, shift, 0.0))
 
+    def largest_vote(self, name: str) -> int | None:
+        """None: scores are bounded by their groups alone."""
+        return None
+
     def vote(self, collected: Votes, matrix: Matrix, spec: MatrixSpec, key: jax.Array) -> Votes:
         """Score and count as int32."""
         return score_vote(collected)

@@ -62,6 +62,10 @@ class Integral:
         # Made an array by name: as a Python number a peak past 31 bits would not fit JAX's default integer.
         return (self.schedule.multiplier(step) * jnp.asarray(peak, jnp.int64)) >> UNIT_BITS
 
+    def largest_vote(self, name: str) -> int | None:
+        """None: scores are bounded by their groups alone."""
+        return None
+
     def vote(self, collected: Votes, matrix: Matrix, spec: MatrixSpec, key: jax.Array) -> Votes:
         """Score and count as int32."""
         return score_vote(collected)

@@ -115,6 +115,10 @@ class Latent:
         """Group scales, float32 (..., N, R)."""
         return exp2_scale(leaves["exponent"], leaves["corr"].astype(jnp.float32) * 2.0**-_FRACTION_BITS)
 
+    def largest_vote(self, name: str) -> int | None:
+        """That of `sample`, of which there are as many as weights."""
+        return round(LARGEST * STEPS) if name == "sample" else None
+
     def vote(self, collected: Votes, matrix: Matrix, spec: MatrixSpec, key: jax.Array) -> Votes:
         """The gradient as integers, all int32: `sample` (N, K) in 1/31 RMS, `rows` (N,) and `columns` (K,) log2 moments
         in 1/16, `score` (N, R) in 1/256 RMS, `count` (). An all-zero or non-finite gradient is no vote at all."""
@@ -151,7 +155,11 @@ class Latent:
             "corr": matrix["corr"] - pull,
             "votes": matrix["votes"] + votes["count"].astype(jnp.int64),
         }
-        return matrix | {name: jnp.where(votes["count"] > 0, new, matrix[name]) for name, new in moved.items()}
+        # The latents, most of the state, stay where they are by themselves: no pass over them chooses.
+        return matrix | {
+            name: new if name in ("trits", "residual") else jnp.where(votes["count"] > 0, new, matrix[name])
+            for name, new in moved.items()
+        }
 
     def report(self, before: Matrix, after: Matrix, spec: MatrixSpec) -> Report:
         """See `base_report`; `saturated` counts latents at either end of their range."""
@@ -196,7 +204,7 @@ class Latent:
             matrix["trits"],
             matrix.get("residual", none),
             rms,
-            rate * planes.spread(self.planes),
+            jnp.where(votes["count"] > 0, rate * planes.spread(self.planes), 0.0),
             *dither_seed(salt, 6, step),
             power=self.power,
             implementation=self.implementation,

@@ -103,8 +103,8 @@ class LowRankMomentum:
         directions = right * jax.lax.rsqrt(jnp.sum(jnp.square(right), axis=0) + 1e-30)
         basis = orthonormal_columns(beta * (left @ (right.T @ directions)) + (1 - beta) * _product(u, directions))
         image = beta * (right @ (left.T @ basis)) + (1 - beta) * _product(u.T, basis)
-        low_rank = _product(left, right.T, u.dtype) * ((1 - mix) * beta)
-        direction = (low_rank + ((1 - mix) * (1 - beta) + mix) * u).astype(u.dtype)
+        low_rank = jnp.matmul(left.astype(u.dtype), right.T.astype(u.dtype))
+        direction = ((1 - mix) * (1 - beta) + mix) * u + ((1 - mix) * beta) * low_rank
         left_code, left_scale = _encode(basis, white(salt, 2, step, basis.shape))
         right_code, right_scale = _encode(image, white(salt, 3, step, image.shape))
         return direction, {

@@ -21,7 +21,7 @@ from arbs_jax.models.stages import EVENTS, Carry, Events, Stage, Subtrees
 from arbs_jax.rules import Rule
 from arbs_jax.rules.base import Report, add_reports, empty_report
 from arbs_jax.state import MatrixSpec, flatten_specs, map_matrices
-from arbs_jax.training import table_votes
+from arbs_jax.training import shards, table_votes
 from arbs_jax.training.bookkeeping import observed, with_memory
 from arbs_jax.training.matrices import MOST_TOGETHER, by_turns, keys_of, together
 from arbs_jax.training.micro_batches import map_micro
@@ -99,7 +99,7 @@ class Sweep:
             loss, terms = jax.lax.pmean((loss, terms), self.axis_name)
         moves = jnp.isfinite(loss) & ~blocked
         ternary, report = bound._backward(ternary, saved, batch, step, key, moves)
-        seen = [self._gathered(own) for own in events]
+        seen = [shards.gathered(own, self.axis_name) for own in events]
         ternary, memory = observed(self.stages, seen, ternary, memory, step, key, moves)
         return Swept(ternary, loss, moves, report, memory, terms)
 
@@ -275,7 +275,7 @@ class Sweep:
         cast: bool = True,
     ) -> tuple[Carry, Subtrees, RowVotes]:
         """(cotangents of the carry stacked over A, votes summed over A and over the mapped axis, those on sparse tables
-        side by side); without `cast` what the one micro-batch collected, in place of summed votes."""
+        side by side); without `cast` what this shard's one micro-batch collected, in place of summed votes."""
 
         def one(entry: tuple[Any, Carry, Any, jax.Array]) -> tuple[tuple[Carry, RowVotes], Subtrees]:
             kept, cotangent, batch, index = entry
@@ -286,23 +286,19 @@ class Sweep:
             rows = table_votes.cast(self.rule, self.specs, subtrees, collected, own)
             if not cast:
                 return (cotangent, rows), collected
-            votes = {
-                name: together(
-                    self._vote, self._specs(name), name, subtree, collected[name], keys_of(name, subtree, own)
-                )
-                for name, subtree in subtrees.items()
-            }
+            votes = {}
+            for name, subtree in subtrees.items():
+                nodes = jax.tree.map(lambda leaf: leaf[None], (subtree, collected[name], keys_of(name, subtree, own)))
+                cast_together = together(self._vote, self._specs(name), name, *nodes)
+                votes[name] = jax.tree.map(lambda leaf: leaf[0], cast_together)
             return (cotangent, rows), votes
 
         micro = jax.tree.leaves(batch)[0].shape[0]
-        indices = jnp.arange(micro, dtype=jnp.int32)
-        if self.axis_name is not None:
-            # Numbered over all shards, so that random bits do not depend on how the micro-batches are spread.
-            indices += micro * jax.lax.axis_index(self.axis_name)
+        indices = jnp.arange(micro, dtype=jnp.int32) + shards.first_of(micro, self.axis_name)
         (cotangent, rows), votes = map_micro(one, (saved, cotangent, batch, indices), summed=True)
-        if self.axis_name is not None:
-            votes = jax.tree.map(lambda leaf: jax.lax.psum(leaf, self.axis_name), votes)
-        rows = {path: tables.stacked(self.rule, vote) for path, vote in self._gathered(rows).items()}
+        if cast:
+            votes = shards.summed(votes, micro, self.rule.largest_vote, self.axis_name)
+        rows = {path: tables.stacked(self.rule, vote) for path, vote in shards.gathered(rows, self.axis_name).items()}
         return cotangent, votes, rows
 
     def _vjp(
@@ -330,12 +326,6 @@ class Sweep:
         out, terms = out if last else (out, {})
         return out, (events, terms)
 
-    def _gathered(self, tree: Any) -> Any:
-        """Leaves stacked over A with those of all shards, in the order of their global numbers."""
-        if self.axis_name is None:
-            return tree
-        return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.axis_name, tiled=True), tree)
-
     def _vote(self, spec: MatrixSpec, matrix: Any, collected: Any, key: jax.Array) -> Any:
         # Votes on the rows of sparse tables are not summed: they go another way.
         return {} if spec.sparse else matrix_vote(self.rule, spec, matrix, collected, key)
@@ -350,15 +340,18 @@ class Sweep:
         moves: jax.Array,
         casting: jax.Array | None = None,
     ) -> tuple[Any, Report]:
-        """The state of several layers, stacked, after their votes, or as it was where `moves` is false; and the report
-        over their matrices. With keys for `casting`, `votes` are what the one micro-batch collected."""
+        """The state of several layers, stacked, after their votes (none where `moves` is false), and the report over
+        their matrices. With keys for `casting`, `votes` are what this shard's one micro-batch collected."""
 
         def one(spec: MatrixSpec, keys: Any, matrix: Any, found: Any) -> tuple[Any, Report]:
             own, passing = keys
-            counted = found if casting is None else self._vote(spec, matrix, found, passing)
+            counted = found
+            if casting is not None:
+                cast = self._vote(spec, matrix, found, passing)
+                counted = shards.summed(cast, 1, self.rule.largest_vote, self.axis_name)
+            counted = jax.tree.map(lambda vote: jnp.where(moves, vote, jnp.zeros_like(vote)), counted)
             new = self.rule.update(dict(matrix), counted, spec, step, own)
-            chosen = jax.tree.map(lambda after, before: jnp.where(moves, after, before), new, dict(matrix))
-            return chosen, self.rule.report(dict(matrix), chosen, spec)
+            return new, self.rule.report(dict(matrix), new, spec)
 
         def each(spec: MatrixSpec, matrix: Any, found: Any, own: jax.Array, passing: jax.Array) -> tuple[Any, Report]:
             if spec.sparse:  # Its rows move by themselves.
@@ -367,16 +360,11 @@ class Sweep:
                 return by_turns(one, spec, (own, passing), matrix, found)
             return each_expert(one, spec, (own, passing), matrix, dense_gradients(spec, found))
 
-        def layers(spec: MatrixSpec, *nodes: Any) -> tuple[Any, Report]:
-            if keys.shape[0] > 1:
-                return jax.vmap(partial(each, spec))(*nodes)
-            alone = each(spec, *jax.tree.map(lambda leaf: leaf[0], nodes))
-            return jax.tree.map(lambda leaf: leaf[None], alone)
-
         lasting = jax.vmap(lambda key: keys_of(name, subtrees, key))(keys)
         votes_of = keys if casting is None else casting
-        passing = jax.vmap(lambda key: keys_of(name, subtrees, _vote_key(key, step, 0)))(votes_of)
-        pairs = together(layers, self._specs(name), name, subtrees, votes, lasting, passing)
+        number = shards.first_of(1, self.axis_name)
+        passing = jax.vmap(lambda key: keys_of(name, subtrees, _vote_key(key, step, number)))(votes_of)
+        pairs = together(each, self._specs(name), name, subtrees, votes, lasting, passing)
         reports: list[Report] = []
 
         def split(path: str, matrix: Any, pair: tuple[Any, Report]) -> Any:
@@ -386,8 +374,8 @@ class Sweep:
         return map_matrices(split, subtrees, pairs, prefix=name), add_reports(*reports)
 
     def _sole(self, batch: Any) -> bool:
-        """Whether a matrix takes a single vote of a use in a step."""
-        return self.axis_name is None and jax.tree.leaves(batch)[0].shape[0] == 1
+        """Whether a matrix takes a single vote of a use in a step, of this shard."""
+        return jax.tree.leaves(batch)[0].shape[0] == 1
 
     def _specs(self, name: str) -> dict[str, MatrixSpec]:
         return flatten_specs(self.specs[name], name)

@@ -51,14 +51,17 @@ def by_turns(
 
 
 def together(function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix: str, *trees: Any) -> Any:
-    """`function(spec, *nodes)` for every matrix of the trees, nested like the first of them.
+    """`function(spec, *nodes)` for every matrix of the trees, nested like the first of them. A leading axis of all
+    leaves, of layers, is mapped over.
 
-    Matrices of one shape go through one vmapped call: fewer, larger operations to compile and to launch. Large ones do
-    not, for they would be copied whole and their temporaries would be held side by side: they go one after another, the
-    second of the nodes (votes, or what they are made of) being read once the matrix before is done.
+    Matrices of one shape go through one `vmap`, behind the layers' own axis: fewer, larger operations to compile and to
+    launch. Large ones do not, for they would be copied whole and their temporaries would be held side by side: they go
+    one after another, the second of the nodes (votes, or what they are made of) being read once the matrix before is
+    done.
     """
     entries: dict[str, tuple[Any, ...]] = {}
     map_matrices(lambda path, *nodes: entries.update({path: nodes}), *trees, prefix=prefix)
+    layers = jax.tree.leaves(trees)[0].shape[0]
     alike: dict[Any, list[str]] = {}
     for path in entries:
         alone = specs[path].sparse or specs[path].weights > MOST_TOGETHER
@@ -71,11 +74,18 @@ def together(function: Callable[..., Any], specs: dict[str, MatrixSpec], prefix:
             found, results[before] = jax.lax.optimization_barrier((found, results[before]))
             entries[alone] = (matrix, found, *others)
         before = alone or before
-        if len(paths) == 1:
-            results[paths[0]] = function(spec, *entries[paths[0]])
-            continue
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(entries[path] for path in paths))
-        out = jax.vmap(partial(function, spec))(*stacked)
+        nodes = [entries[path] for path in paths]
+        joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *nodes) if len(nodes) > 1 else nodes[0]
+        out = _mapped(partial(function, spec), joined, layers * len(paths))
         for index, path in enumerate(paths):
-            results[path] = jax.tree.map(lambda leaf, at=index: leaf[at], out)
+            own = slice(index * layers, (index + 1) * layers)
+            results[path] = jax.tree.map(lambda leaf, own=own: leaf[own], out) if len(paths) > 1 else out
     return map_matrices(lambda path, *_: results[path], trees[0], prefix=prefix)
+
+
+def _mapped(function: Callable[..., Any], nodes: tuple[Any, ...], count: int) -> Any:
+    """Over the leading axis; without `vmap` where that is one."""
+    if count > 1:
+        return jax.vmap(function)(*nodes)
+    alone = function(*jax.tree.map(lambda leaf: leaf[0], nodes))
+    return jax.tree.map(lambda leaf: leaf[None], alone)

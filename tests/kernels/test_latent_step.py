@@ -67,7 +67,8 @@ class LatentStep:
     def test_no_direction_or_no_rate_is_no_step(self):
         v = np.arange(-121, 122)[None, :]
         np.testing.assert_array_equal(self.run(jnp.zeros((1, 243), jnp.float32), v, 5)[0], v)
-        np.testing.assert_array_equal(self.run(jnp.ones((1, 243), jnp.float32), v, 5, rate=0.0)[0], v)
+        for entry in (1.0, np.inf, np.nan):
+            np.testing.assert_array_equal(self.run(jnp.full((1, 243), entry, jnp.float32), v, 5, rate=0.0)[0], v)
 
     def test_mapped_matrices_move_as_they_would_alone(self):
         rng = np.random.default_rng(3)

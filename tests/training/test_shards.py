@@ -23,4 +23,4 @@ def test_shards_equal_micro_batches():
         [sys.executable, "-W", "error", str(script)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["shard_map", "pmap", "sampling", "latent", "poison", "tables"]
+    assert result.stdout.split() == ["shard_map", "pmap", "sampling", "latent", "four", "exchange", "poison", "tables"]

@@ -33,7 +33,8 @@ class Sampling(Integral):
     def update(self, matrix, votes, spec, step, key):
         moved = super().update(matrix, votes, spec, step, key)
         own = jax.random.randint(key, matrix["corr"].shape, 0, VOTED, jnp.int32)
-        return moved | {"corr": moved["corr"] + (VOTED * votes["noise"] + own).astype(jnp.int64)}
+        noise = jnp.where(votes["count"] > 0, VOTED * votes["noise"] + own, 0)
+        return moved | {"corr": moved["corr"] + noise.astype(jnp.int64)}
 
 
 def specs(tied: bool = False, width: int = WIDTH) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Run by test_shards with two host devices: the state of two shards is that of two micro-batches, bit for bit."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import table_chain
 import toy_chain
 from support import assert_trees_equal
 
+from arbs_jax.training import shards
 from arbs_jax.training.layerwise import Sweep
 from arbs_jax.training.step import fresh_state, jit_step, make_step
 
@@ -78,6 +81,17 @@ def main():
     assert_trees_equal(got, expected_latent)
     print("latent")
 
+    # Two micro-batches on each: votes are summed there before they are exchanged.
+    more = [toy_chain.batches(4, seed=seed) for seed in range(4)]
+    expected_latent, _ = run_steps(jax.jit(step_of(rule)), more, rule)
+    got, _ = run_steps(sharded(rule), more, rule)
+    assert_replicated(got)
+    assert_trees_equal(got, expected_latent)
+    print("four")
+
+    check_exchange()
+    print("exchange")
+
     # A loss that is not finite on one shard halts both.
     poisoned = batches[0] | {"x": batches[0]["x"].at[1].set(jnp.inf)}
     got, _ = run_steps(two_shards, [batches[1], poisoned, batches[2]])
@@ -90,6 +104,23 @@ def main():
 
     check_tables()
     print("tables")
+
+
+def check_exchange():
+    """Votes travel as float16 where it holds their sums, and as they are where it does not; exactly in either."""
+    mesh = jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    whole, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(AXIS)
+    for largest, total, kind in ((1024, 2047, "f16"), (2048, 4095, "i32"), (None, 4095, "i32")):
+
+        def exchange(part, largest=largest):
+            votes = {"matrix": {"sample": part[0]}}
+            return shards.summed(votes, 1, {"sample": largest}.get, AXIS)["matrix"]["sample"]
+
+        run = jax.jit(jax.shard_map(exchange, mesh=mesh, in_specs=split, out_specs=whole, check_vma=False))
+        parts = jnp.asarray([[total // 2] * 5, [total - total // 2] * 5], jnp.int32)
+        np.testing.assert_array_equal(run(parts), [total] * 5)
+        (reduced,) = re.findall(r"all_reduce.*?-> tensor<5x(\w+)>", run.lower(parts).as_text(), re.DOTALL)
+        assert reduced == kind
 
 
 def check_tables():

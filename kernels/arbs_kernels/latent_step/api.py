@@ -37,7 +37,7 @@ def latent_step(
         trits: `uint8 (N, P)`, the leading plane of the latents (`arbs_kernels.latents`).
         residual: `uint8 (planes - 1, N, P)`.
         norm: float32 (), what the power leaves as it is: the direction's root-mean-square.
-        rate: float32 (), units of the latent for an entry of one.
+        rate: float32 (), units of the latent for an entry of one; at 0 the latents stay, whatever the direction holds.
         seed: uint32 ().
         offset: uint32 ().
         power: see above.

@@ -27,6 +27,7 @@ def step(
     if power != 1:
         d = jnp.sign(d) * norm * (jnp.abs(d) / norm) ** power
     change = jnp.floor(-rate * jnp.clip(d, -LARGEST, LARGEST) + dither(seed, offset, d.shape))
+    change = jnp.where(rate == 0, 0, change)  # A direction that is not finite times nothing would not be nothing.
     v = latents.decode(trits, residual, d.shape[1]).astype(jnp.float32)
     half = latents.half_range(planes)
     leaves = latents.encode(jnp.clip(v + change, -half, half).astype(jnp.int16), planes)

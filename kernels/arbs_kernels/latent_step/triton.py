@@ -64,7 +64,7 @@ def _step(
             d = tl.where(d > 0, size, tl.where(d < 0, -size, 0.0))
         d = tl.minimum(tl.maximum(d, -_LARGEST), _LARGEST)
         change = tl.floor(-rate * d + unit(of_columns(row_hash, columns) + offset)).to(tl.int32)
-        v = tl.minimum(tl.maximum(v + change, -HALF), HALF)
+        v = tl.minimum(tl.maximum(v + tl.where(rate == 0, 0, change), -HALF), HALF)
         # Digits of v + HALF in base 3 are the trits plus one; what packing pads holds the trit 0.
         rest = tl.where(columns < K, v, 0) + HALF
         moved = ()
