@@ -13,11 +13,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "2026_11_20_rules"))
 import corpora
 from harness import Data, Run, Setting, train_rule
+
+from arbs_kernels import float8
 
 
 def main() -> None:
@@ -27,10 +30,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--rules", nargs="+", default=["latent10"])
     parser.add_argument("--products", nargs="+", default=["dtype", "float8"])
+    parser.add_argument("--cotangents", default=str(float8.COTANGENT), help="their dtype, with float8 products")
     parser.add_argument("--out", type=Path)
     for name in ("preset", "steps", "batch", "context", "dtype"):
         parser.add_argument(f"--{name}", type=type(getattr(Setting(), name)), default=getattr(Setting(), name))
     args = parser.parse_args()
+    float8.COTANGENT = jnp.dtype(args.cotangents)
     setting = Setting(args.preset, args.steps, args.batch, args.context, args.dtype)
     data = Data(setting, {name: corpora.load(name) for name in args.corpora})
     runs = [Run(corpus, seed) for corpus in args.corpora for seed in args.seeds]
@@ -46,6 +51,7 @@ def main() -> None:
                     "val_loss": round(outcome.val_loss, 5),
                     "val_loss_float8": outcome.val_loss_float8 and round(outcome.val_loss_float8, 5),
                     "train_loss": round(outcome.train_loss, 5),
+                    "cotangents": args.cotangents if products == "float8" else args.dtype,
                     "device": jax.devices()[0].device_kind,
                     **asdict(own),
                 }

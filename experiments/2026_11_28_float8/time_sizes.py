@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from arbs_kernels import float8
 from arbs_kernels.autodiff import MatmulSpec, make_probe, ternary_matmul
 from arbs_kernels.codec import packed_width
 from arbs_kernels.shapes import group_count
@@ -61,7 +62,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[16384])
     parser.add_argument("--sizes", nargs="+", default=["x".join(map(str, size)) for size in SIZES], help="NxK")
+    parser.add_argument("--cotangents", default=str(float8.COTANGENT), help="their dtype, with float8 products")
     args = parser.parse_args()
+    float8.COTANGENT = jnp.dtype(args.cotangents)
     print(f"{jax.devices()[0].device_kind}: M x N x K, microseconds in bfloat16 / float8 (ratio)")
     for rows in args.rows:
         for n, k in (map(int, size.split("x")) for size in args.sizes):
@@ -69,11 +72,14 @@ def main() -> None:
             count = min(4, rotation(nbytes(shapes), nbytes(shapes), effort_here()))
             sets = [inputs(rows, n, k, seed) for seed in range(count)]
             for name, both in (("forward", False), ("forward and backward", True)):
-                plain, short = (
-                    seconds_per_call(step_of(MatmulSpec(k, GROUP, Law(), float8=float8), n, both), sets)
-                    for float8 in (False, True)
+                plain, rounded = (
+                    seconds_per_call(step_of(MatmulSpec(k, GROUP, Law(), float8=short), n, both), sets)
+                    for short in (False, True)
                 )
-                print(f"{rows}x{n}x{k} {name}: {plain * 1e6:.0f} / {short * 1e6:.0f} ({plain / short:.2f})", flush=True)
+                print(
+                    f"{rows}x{n}x{k} {name}: {plain * 1e6:.0f} / {rounded * 1e6:.0f} ({plain / rounded:.2f})",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
