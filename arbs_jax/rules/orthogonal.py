@@ -7,7 +7,7 @@ step to step. Sums and scales are taken of small square matrices, not of the wid
 wide, even the iterations are those of small square matrices.
 """
 
-import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +42,8 @@ def newton_schulz(x: jax.Array) -> jax.Array:
 
     `x` is `(N, K)` in float32, or in bfloat16, which is enough on accelerators; so are the products and the result.
     """
-    if x.dtype == jnp.float32:
-        return _iterated(x)
-    # A CPU would round between a product and what is added to it, and is no faster in bfloat16.
-    return jax.lax.platform_dependent(
-        x, cpu=lambda x: _iterated(x.astype(jnp.float32)).astype(x.dtype), default=_iterated
-    )
+    iterate = _iterate_on_gram if max(x.shape) >= _LONG * min(x.shape) else _iterate
+    return iterate(x) * max(x.shape) ** 0.5
 
 
 def orthonormal_columns(x: jax.Array) -> jax.Array:
@@ -62,24 +58,30 @@ def orthonormal_columns(x: jax.Array) -> jax.Array:
     # With a column of length one it is at most one; without, squares have vanished that columns still have.
     bound = jnp.minimum(_bound(gram), 1)
     # Rounding may leave eigenvalues below zero, which the polynomials would blow up.
-    start = _polynomials(gram * bound + _RIDGE * _identity(gram), _EXACT_START)
-    half = _product(x, unit[:, None] * (start * jnp.sqrt(bound)))
-    return _product(half, _polynomials(_gram(half), _EXACT_END))
+    ridge = _RIDGE * jnp.eye(x.shape[1], dtype=jnp.float32)
+    half = _product(x, unit[:, None] * (_polynomials(gram * bound + ridge, _EXACT_START, _product) * jnp.sqrt(bound)))
+    return _product(half, _polynomials(_gram(half), _EXACT_END, _product))
 
 
-def _polynomials(gram: jax.Array, coefficients: tuple[tuple[float, float, float], ...]) -> jax.Array:
+def _polynomials(
+    gram: jax.Array,
+    coefficients: tuple[tuple[float, float, float], ...],
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
     """The square matrix by which iterations `y <- y (a + b G + c G G)`, `G = y^T y`, multiply a `y` with this Gram
     matrix: everything between is as small as that. What rounding does to small singular values is not seen until the
     next Gram matrix is taken."""
-    total = gram
+    identity = jnp.eye(gram.shape[0], dtype=jnp.float32)
+    total = identity
     for index, (a, b, c) in enumerate(coefficients):
-        polynomial = a * _identity(gram) + b * gram
+        polynomial = a * identity + b * gram
         if c:
-            polynomial += c * _product(gram, gram)
-        total = _product(polynomial, total) if index else polynomial
+            polynomial += c * product(gram, gram)
+        total = product(polynomial, total) if index else polynomial
         if index + 1 < len(coefficients):
-            # Symmetric; turned round, because the compiler would join products that share a left operand, and copy.
-            gram = _product(_product(polynomial.T, gram), polynomial)
+            # It is symmetric, and turned round here: products that share a left operand the compiler would join, which
+            # takes copies of all three.
+            gram = product(product(polynomial.T, gram), polynomial)
     return total
 
 
@@ -89,10 +91,6 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _gram(y: jax.Array) -> jax.Array:
     return _product(y.T, y)
-
-
-def _identity(square: jax.Array) -> jax.Array:
-    return jnp.eye(square.shape[0], dtype=jnp.float32)
 
 
 def _bound(gram: jax.Array) -> jax.Array:
@@ -106,53 +104,30 @@ def _bound(gram: jax.Array) -> jax.Array:
     return 1 / (norm * trace)
 
 
-def _iterated(x: jax.Array) -> jax.Array:
-    """Iterations `x <- (a + b G + c G G) x`, `G` the Gram matrix of the shorter side, after singular values went below
-    one.
+def _iterate_on_gram(x: jax.Array) -> jax.Array:
+    """`_iterate`, with all of its polynomials taken of the first Gram matrix."""
 
-    Matrix products are all of the form `c + number * a b`, a single operation of GPUs' libraries, which reads and
-    writes nothing between. Numbers that would stand before `c` are put off: with `G = scale * gram` the polynomial is
-    `a (1 + weight * shape)`, and the `a` are a factor of the result. (Two products that share a number or a left
-    operand would be no such operation: the compiler joins the one and does not recognise the other.)
-    """
-    iterate = _iterate_on_gram if max(x.shape) >= _LONG * min(x.shape) else _iterate
-    return iterate(x, max(x.shape) ** 0.5)
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return a.astype(x.dtype) @ b.astype(x.dtype)
 
-
-def _iterate_on_gram(x: jax.Array, factor: float) -> jax.Array:
-    """All polynomials are taken of the first Gram matrix, and multiplied before they meet `x`."""
-    gram, scale = _gram_of_shorter(x), 1.0
-    bound = _bound(gram)
-    gram, total = (bound * gram).astype(x.dtype), gram
-    whole = factor * math.prod(a for a, _, _ in _FAST) * jnp.sqrt(bound)
-    for index, (a, b, c) in enumerate(_FAST):
-        weight = b * scale / a
-        shape = gram + (c * scale / b) * (gram.T @ gram)
-        if index:
-            total = total + weight * (shape @ total)
-        else:
-            total = (whole * (_identity(gram) + weight * shape.astype(jnp.float32))).astype(x.dtype)
-        if index + 1 < len(_FAST):
-            # The next Gram matrix, of a a P P G with P P = 1 + 2 weight * (shape + weight / 2 * shape shape).
-            square = shape + (weight / 2) * (shape.T @ shape)
-            gram = gram + (2 * weight) * (square @ gram)
-            scale *= a * a
-    return _times(total, x)
-
-
-def _iterate(x: jax.Array, factor: float) -> jax.Array:
-    """`y` is `ahead` times as large as what `x` has become, so that after the last iteration it is the result."""
-    ahead = factor * math.prod(a for a, _, _ in _FAST)
     gram = _gram_of_shorter(x)
     bound = _bound(gram)
-    y = (ahead * jnp.sqrt(bound) * x).astype(x.dtype)
-    gram, scale = (bound * gram).astype(x.dtype), 1.0
+    return _times((jnp.sqrt(bound) * _polynomials(bound * gram, _FAST, product)).astype(x.dtype), x)
+
+
+def _iterate(x: jax.Array) -> jax.Array:
+    """`x <- (a + b G + c G G) x`, with `G` the Gram matrix of its shorter side, in its dtype; singular values first go
+    below one."""
+    identity = jnp.eye(min(x.shape), dtype=jnp.float32)
+    bound = jnp.float32(1)
     for index, (a, b, c) in enumerate(_FAST):
-        if index:
-            gram, scale = _gram_of_shorter(y), ahead**-2
-        y = y + (b * scale / a) * _times(gram + (c * scale / b) * (gram @ gram), y)
-        ahead /= a
-    return y
+        gram = _gram_of_shorter(x)
+        if index == 0:
+            bound = _bound(gram)  # The long matrix itself is never rescaled.
+        polynomial = a * identity + b * (bound * gram) + c * (bound * (bound * (gram @ gram)))
+        x = _times((jnp.sqrt(bound) * polynomial).astype(x.dtype), x)
+        bound = jnp.float32(1)
+    return x
 
 
 def _gram_of_shorter(x: jax.Array) -> jax.Array:
@@ -160,5 +135,5 @@ def _gram_of_shorter(x: jax.Array) -> jax.Array:
 
 
 def _times(square: jax.Array, x: jax.Array) -> jax.Array:
-    """The product over the shorter side of `x`."""
+    """The product over the shorter side of `x`; a tall one is not turned round, which would be a pass over it."""
     return x @ square.T if x.shape[0] > x.shape[1] else square @ x

@@ -64,7 +64,7 @@ def test_a_matrix_and_its_transpose_become_the_polynomials_of_their_singular_val
         y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
     for given, expected in ((x, y), (x.T, y.T)):
         got = np.asarray(iterate(jnp.asarray(given, jnp.float32)), np.float64) / max(shape) ** 0.5
-        assert np.linalg.norm(got - expected) < 1e-4 * np.linalg.norm(expected)
+        assert np.linalg.norm(got - expected) < 1e-5 * np.linalg.norm(expected)
 
 
 def test_nothing_stays_nothing():
