@@ -57,7 +57,7 @@ class Rule(Protocol):
         ...
 
     def update(self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, key: jax.Array) -> Matrix:
-        """The state after these summed votes; after votes of zeros alone, `count` among them, it is what it was.
+        """The state after these summed votes; with a `count` of 0, whatever else they hold, it is what it was.
 
         `step` is int32 (), the number of updates before this one; `key` is of the run and matrix, the same every step.
         Of a sparse table it sees the rows that a step touches, and `touched` int32 (N,) among the votes: how many of
@@ -81,6 +81,11 @@ def score_vote(collected: Votes) -> Votes:
         "score": jnp.round(collected["score"]).astype(jnp.int32),
         "count": jnp.round(collected["count"]).astype(jnp.int32),
     }
+
+
+def counted_score(votes: Votes) -> jax.Array:
+    """The summed `score` (..., N, R), zero where no vote is counted."""
+    return jnp.where(per_group(votes["count"]) > 0, votes["score"], 0)
 
 
 def per_group(scalar: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from arbs_jax.errors import ConfigError
-from arbs_jax.rules.base import Report, Votes, base_report, exp2_scale, per_group, score_vote
+from arbs_jax.rules.base import Report, Votes, base_report, counted_score, exp2_scale, per_group, score_vote
 from arbs_jax.state import Matrix, MatrixSpec
 
 
@@ -48,7 +48,7 @@ class BigInt:
     def update(self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, key: jax.Array) -> Matrix:
         """Subtracts the score, counts the votes."""
         return matrix | {
-            "corr": matrix["corr"] - votes["score"].astype(jnp.int64),
+            "corr": matrix["corr"] - counted_score(votes).astype(jnp.int64),
             "votes": matrix["votes"] + votes["count"].astype(jnp.int64),
         }
 

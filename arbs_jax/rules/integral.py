@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from arbs_jax.errors import ConfigError
-from arbs_jax.rules.base import Report, Votes, base_report, exp2_scale, score_vote
+from arbs_jax.rules.base import Report, Votes, base_report, counted_score, exp2_scale, score_vote
 from arbs_jax.rules.schedule import UNIT_BITS, Schedule
 from arbs_jax.state import Matrix, MatrixSpec
 
@@ -74,7 +74,7 @@ class Integral:
         """Integrates the summed score at this step's rate, counts the votes."""
         rate = self.integer_rate(step, spec.group_size)
         return matrix | {
-            "corr": matrix["corr"] - rate * votes["score"].astype(jnp.int64),
+            "corr": matrix["corr"] - rate * counted_score(votes).astype(jnp.int64),
             "votes": matrix["votes"] + votes["count"].astype(jnp.int64),
         }
 

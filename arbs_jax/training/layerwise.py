@@ -23,8 +23,9 @@ from arbs_jax.rules.base import Report, add_reports, empty_report
 from arbs_jax.state import MatrixSpec, flatten_specs, map_matrices
 from arbs_jax.training import shards, table_votes
 from arbs_jax.training.bookkeeping import observed, with_memory
-from arbs_jax.training.matrices import MOST_TOGETHER, by_turns, keys_of, together
-from arbs_jax.training.micro_batches import map_micro
+from arbs_jax.training.kept import Kept
+from arbs_jax.training.matrices import MOST_TOGETHER, by_turns, keys_of, layer_key, together, vote_key
+from arbs_jax.training.micro_batches import carry_micro, map_micro
 from arbs_jax.training.table_votes import RowVotes
 from arbs_jax.votes import dense_gradients, each_expert, make_probes, matrix_vote
 
@@ -120,46 +121,35 @@ class Sweep:
 
     def _stacked_forward(
         self, stage: Stage, stack: Any, carry: Carry, batch: Any
-    ) -> tuple[Carry, Callable[[jax.Array], Any]]:
-        """(the carry after all layers, a function from a layer's index to what its backward needs).
-
-        What is kept is written into memory that nothing has filled, where a scan that stacks its outputs would first
-        write zeros to all of it; what several products keep, such as the input of three, is written once; and a value
-        lies flat, lest the compiler give the two loops different layouts and turn whole stacks round between them.
-        """
+    ) -> tuple[Carry, Callable[[jax.Array, jax.Array], Any]]:
+        """(the carry after all layers, a function from a layer and a micro-batch, by number, to what their backward
+        needs)."""
         (name,) = stage.keys
-        layers = jax.tree.leaves(stack)[0].shape[0]
-        places: list[int] = []
-        structure: Any = None  # it holds a program, equal to itself alone: that of the last trace counts
+        layers, micro = jax.tree.leaves(stack)[0].shape[0], jax.tree.leaves(batch)[0].shape[0]
+        memory = Kept(layers, micro)
 
-        def layer(carry: Carry, index: jax.Array) -> tuple[Carry, list[jax.Array]]:
-            nonlocal places, structure
+        def layer(carry: Carry, own: Any, index: jax.Array) -> tuple[Carry, Any]:
             subtree = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
-            carry, (kept, _, _) = self._micro_forward(stage, {name: subtree}, carry, batch)
-            leaves, structure = jax.tree.flatten(kept)
-            distinct = list({id(leaf): leaf for leaf in leaves}.values())
-            places = [next(at for at, leaf in enumerate(distinct) if leaf is own) for own in leaves]
-            return carry, distinct
+            carry, (kept, _, _) = self._forward_of(stage, {name: subtree}, carry, own)
+            return carry, kept
 
-        def put(state: tuple[jax.Array, Carry, list[jax.Array]]) -> tuple[jax.Array, Carry, list[jax.Array]]:
-            index, carry, room = state
-            carry, kept = layer(carry, index)
-            filled = jax.tree.map(
-                lambda whole, own: jax.lax.dynamic_update_index_in_dim(whole, own.reshape(-1), index, 0), room, kept
-            )
-            return index + 1, carry, filled
+        def through(room: list[jax.Array], entry: tuple[jax.Array, Carry, Any]) -> tuple[list[jax.Array], Carry]:
+            """One micro-batch through all layers."""
+            number, carry, own = entry
 
-        start = jnp.int32(0)
-        shapes = jax.eval_shape(layer, carry, start)[1]
-        room = [jax.lax.empty((layers, leaf.size), leaf.dtype) for leaf in shapes]
-        _, carry, room = jax.lax.while_loop(lambda state: state[0] < layers, put, (start, carry, room))
+            def put(state: tuple[jax.Array, Carry, list[jax.Array]]) -> tuple[jax.Array, Carry, list[jax.Array]]:
+                index, carry, room = state
+                carry, kept = layer(carry, own, index)
+                return index + 1, carry, memory.put(room, kept, index, number)
 
-        def kept_by(index: jax.Array) -> Any:
-            own = [jax.lax.dynamic_index_in_dim(whole, index, keepdims=False) for whole in room]
-            shaped = [value.reshape(leaf.shape) for value, leaf in zip(own, shapes, strict=True)]
-            return jax.tree.unflatten(structure, [shaped[place] for place in places])
+            start = (jnp.int32(0), carry, room)
+            _, carry, room = jax.lax.while_loop(lambda state: state[0] < layers, put, start)
+            return room, carry
 
-        return carry, kept_by
+        first = jax.tree.map(lambda leaf: leaf[0], (carry, batch))
+        room = memory.room(lambda *arguments: layer(*arguments)[1], *first, jnp.int32(0))
+        room, carry = carry_micro(through, room, (jnp.arange(micro, dtype=jnp.int32), carry, batch))
+        return carry, partial(memory.get, room)
 
     def _backward(
         self, ternary: Subtrees, saved: list[Any], batch: Any, step: jax.Array, key: jax.Array, moves: jax.Array
@@ -183,7 +173,7 @@ class Sweep:
             stage_key = jax.random.fold_in(key, 2**31 + position)
             # A vote that is added to no other is cast where its matrix moves, so that it is held for one at a time.
             shared = any(len(set(stage.keys) & set(other.keys)) for other in self.stages if other is not stage)
-            sole = not shared and self._sole(batch)
+            sole = not shared and micro == 1
             cotangent, votes, rows = self._micro_backward(
                 stage, subtrees, saved[position], cotangent, batch, step, stage_key, cast=not sole
             )
@@ -207,7 +197,7 @@ class Sweep:
         self,
         stage: Stage,
         stack: Any,
-        kept_by: Callable[[jax.Array], Any],
+        kept_by: Callable[[jax.Array, jax.Array], Any],
         cotangent: Carry,
         batch: Any,
         step: jax.Array,
@@ -217,19 +207,11 @@ class Sweep:
     ) -> tuple[Carry, Any, Report]:
         (name,) = stage.keys
         count = self.layers_at_once if isinstance(self.layers_at_once, int) else self.layers_at_once[name]
-        # A vote that is added to no other is cast where the layers move, for all of them at once.
-        sole = self._sole(batch)
-        layers = jax.tree.leaves(stack)[0].shape[0]
+        layers, micro = jax.tree.leaves(stack)[0].shape[0], jax.tree.leaves(batch)[0].shape[0]
+        first = shards.first_of(micro, self.axis_name)
+        sole = micro == 1  # A vote that is added to no other is cast where the layers move.
         if layers % count:
             raise ConfigError(f"layers_at_once must divide the {layers} layers of {name!r}, got {count}")
-
-        def layer(cotangent: Carry, entry: tuple[jax.Array, Any]) -> tuple[Carry, Any]:
-            index, subtree = entry
-            kept = kept_by(index)
-            cotangent, votes, _ = self._micro_backward(
-                stage, {name: subtree}, kept, cotangent, batch, step, _layer_key(key, index), cast=not sole
-            )
-            return cotangent, votes[name]
 
         # The stack is carried, not scanned over: a loop updates its carry in place, where scanned inputs and outputs
         # would be two copies of the state.
@@ -239,8 +221,28 @@ class Sweep:
             # The layers are copied out whole: were their slices read from the stack again after they have moved, the
             # compiler would have to keep a second stack.
             part = jax.lax.optimization_barrier(part)
-            cotangent, votes = jax.lax.scan(layer, cotangent, (indices, part), reverse=True)
-            keys = jax.vmap(partial(_layer_key, key))(indices)
+            keys = jax.vmap(partial(layer_key, key))(indices)
+
+            def through(entry: tuple[jax.Array, Carry, Any]) -> tuple[Carry, Any]:
+                """One micro-batch back through the layers, which vote together."""
+                number, cotangent, own = entry
+
+                def layer(cotangent: Carry, entry: tuple[jax.Array, Any]) -> tuple[Carry, Any]:
+                    index, subtree = entry
+                    kept = kept_by(index, number)
+                    cotangent, collected = self._backward_of(stage, {name: subtree}, kept, cotangent, own)
+                    return cotangent, collected[name]
+
+                cotangent, collected = jax.lax.scan(layer, cotangent, (indices, part), reverse=True)
+                if sole:
+                    return cotangent, collected
+                votes = self._votes(name, part, collected, step, keys, first + number)
+                return cotangent, shards.narrowed(votes, micro, self.rule.largest_vote)
+
+            numbers = jnp.arange(micro, dtype=jnp.int32)
+            cotangent, votes = map_micro(through, (numbers, cotangent, batch), summed=True)
+            if not sole:
+                votes = shards.summed(votes, micro, self.rule.largest_vote, self.axis_name)
             moved, own = self._moved(name, part, votes, step, keys, moves, keys if sole else None)
             stack = jax.tree.map(
                 lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, indices[0], 0), stack, moved
@@ -252,16 +254,23 @@ class Sweep:
 
     def _micro_forward(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any]:
         """The stage over every micro-batch: (carries stacked over A, (what backward needs, events, terms) stacked)."""
+        return map_micro(lambda entry: self._forward_of(stage, subtrees, *entry), (carry, batch))
 
-        def one(entry: tuple[Carry, Any]) -> tuple[Carry, Any]:
-            carry, batch = entry
-            if self.remat:
-                after, (seen, terms) = self._run(stage, {COLLECTION: subtrees}, carry, batch)
-                return after, ((carry, seen if stage.recalls else {}), seen, terms)
-            after, pull, extra = self._vjp(stage, subtrees, carry, batch)
-            return after, (pull, *extra)
+    def _forward_of(self, stage: Stage, subtrees: Subtrees, carry: Carry, batch: Any) -> tuple[Carry, Any]:
+        """The stage over one micro-batch: (its carry, (what backward needs, events, terms))."""
+        if self.remat:
+            after, (seen, terms) = self._run(stage, {COLLECTION: subtrees}, carry, batch)
+            return after, ((carry, seen if stage.recalls else {}), seen, terms)
+        after, pull, extra = self._vjp(stage, subtrees, carry, batch)
+        return after, (pull, *extra)
 
-        return map_micro(one, (carry, batch))
+    def _backward_of(
+        self, stage: Stage, subtrees: Subtrees, kept: Any, cotangent: Carry, batch: Any
+    ) -> tuple[Carry, Subtrees]:
+        """One micro-batch back: (cotangent of the carry, what the matrices collected)."""
+        pull = self._vjp(stage, subtrees, kept[0], batch, kept[1])[1] if self.remat else kept
+        _, collected, cotangent = pull.replace(args_res=[subtrees, *pull.args_res[1:]])(cotangent)
+        return cotangent, collected
 
     def _micro_backward(
         self,
@@ -276,26 +285,24 @@ class Sweep:
     ) -> tuple[Carry, Subtrees, RowVotes]:
         """(cotangents of the carry stacked over A, votes summed over A and over the mapped axis, those on sparse tables
         side by side); without `cast` what this shard's one micro-batch collected, in place of summed votes."""
+        micro = jax.tree.leaves(batch)[0].shape[0]
+        first = shards.first_of(micro, self.axis_name)
 
         def one(entry: tuple[Any, Carry, Any, jax.Array]) -> tuple[tuple[Carry, RowVotes], Subtrees]:
-            kept, cotangent, batch, index = entry
-            pull = self._vjp(stage, subtrees, kept[0], batch, kept[1])[1] if self.remat else kept
-            pull = pull.replace(args_res=[subtrees, *pull.args_res[1:]])
-            _, collected, cotangent = pull(cotangent)
-            own = _vote_key(key, step, index)
-            rows = table_votes.cast(self.rule, self.specs, subtrees, collected, own)
+            kept, cotangent, batch, number = entry
+            cotangent, collected = self._backward_of(stage, subtrees, kept, cotangent, batch)
+            rows = table_votes.cast(self.rule, self.specs, subtrees, collected, vote_key(key, step, first + number))
             if not cast:
                 return (cotangent, rows), collected
             votes = {}
-            for name, subtree in subtrees.items():
-                nodes = jax.tree.map(lambda leaf: leaf[None], (subtree, collected[name], keys_of(name, subtree, own)))
-                cast_together = together(self._vote, self._specs(name), name, *nodes)
-                votes[name] = jax.tree.map(lambda leaf: leaf[0], cast_together)
+            for name in subtrees:
+                subtree, found = jax.tree.map(lambda leaf: leaf[None], (subtrees[name], collected[name]))
+                cast_alone = self._votes(name, subtree, found, step, key[None], first + number)
+                votes[name] = jax.tree.map(lambda leaf: leaf[0], cast_alone)
             return (cotangent, rows), votes
 
-        micro = jax.tree.leaves(batch)[0].shape[0]
-        indices = jnp.arange(micro, dtype=jnp.int32) + shards.first_of(micro, self.axis_name)
-        (cotangent, rows), votes = map_micro(one, (saved, cotangent, batch, indices), summed=True)
+        numbers = jnp.arange(micro, dtype=jnp.int32)
+        (cotangent, rows), votes = map_micro(one, (saved, cotangent, batch, numbers), summed=True)
         if cast:
             votes = shards.summed(votes, micro, self.rule.largest_vote, self.axis_name)
         rows = {path: tables.stacked(self.rule, vote) for path, vote in shards.gathered(rows, self.axis_name).items()}
@@ -326,6 +333,17 @@ class Sweep:
         out, terms = out if last else (out, {})
         return out, (events, terms)
 
+    def _votes(
+        self, name: str, subtrees: Any, collected: Any, step: jax.Array, keys: jax.Array, number: jax.Array
+    ) -> Any:
+        """Those of a micro-batch, numbered over all shards, on layers, stacked."""
+        passing = self._passing(name, subtrees, step, keys, number)
+        return together(self._vote, self._specs(name), name, subtrees, collected, passing)
+
+    def _passing(self, name: str, subtrees: Any, step: jax.Array, keys: jax.Array, number: jax.Array | int) -> Any:
+        """Keys of those."""
+        return jax.vmap(lambda key: keys_of(name, subtrees, vote_key(key, step, number)))(keys)
+
     def _vote(self, spec: MatrixSpec, matrix: Any, collected: Any, key: jax.Array) -> Any:
         # Votes on the rows of sparse tables are not summed: they go another way.
         return {} if spec.sparse else matrix_vote(self.rule, spec, matrix, collected, key)
@@ -349,7 +367,8 @@ class Sweep:
             if casting is not None:
                 cast = self._vote(spec, matrix, found, passing)
                 counted = shards.summed(cast, 1, self.rule.largest_vote, self.axis_name)
-            counted = jax.tree.map(lambda vote: jnp.where(moves, vote, jnp.zeros_like(vote)), counted)
+            counted = {entry: vote.astype(jnp.int32) for entry, vote in counted.items()}
+            counted["count"] = jnp.where(moves, counted["count"], 0)
             new = self.rule.update(dict(matrix), counted, spec, step, own)
             return new, self.rule.report(dict(matrix), new, spec)
 
@@ -361,9 +380,8 @@ class Sweep:
             return each_expert(one, spec, (own, passing), matrix, dense_gradients(spec, found))
 
         lasting = jax.vmap(lambda key: keys_of(name, subtrees, key))(keys)
-        votes_of = keys if casting is None else casting
-        number = shards.first_of(1, self.axis_name)
-        passing = jax.vmap(lambda key: keys_of(name, subtrees, _vote_key(key, step, number)))(votes_of)
+        first = shards.first_of(1, self.axis_name)
+        passing = self._passing(name, subtrees, step, keys if casting is None else casting, first)
         pairs = together(each, self._specs(name), name, subtrees, votes, lasting, passing)
         reports: list[Report] = []
 
@@ -373,19 +391,5 @@ class Sweep:
 
         return map_matrices(split, subtrees, pairs, prefix=name), add_reports(*reports)
 
-    def _sole(self, batch: Any) -> bool:
-        """Whether a matrix takes a single vote of a use in a step, of this shard."""
-        return jax.tree.leaves(batch)[0].shape[0] == 1
-
     def _specs(self, name: str) -> dict[str, MatrixSpec]:
         return flatten_specs(self.specs[name], name)
-
-
-def _layer_key(key: jax.Array, index: jax.Array) -> jax.Array:
-    """The key of a layer of a stack; what is not stacked has the key of the run."""
-    return jax.random.fold_in(key, index + 1)
-
-
-def _vote_key(key: jax.Array, step: jax.Array, micro: jax.Array | int) -> jax.Array:
-    """The key of one contribution to a layer: of the step and of the micro-batch's number over all shards."""
-    return jax.random.fold_in(jax.random.fold_in(key, step), micro)

@@ -21,6 +21,16 @@ def keys_of(name: str, subtree: Any, key: jax.Array) -> Any:
     return map_matrices(lambda path, _: matrix_key(key, path), subtree, prefix=name)
 
 
+def layer_key(key: jax.Array, index: jax.Array) -> jax.Array:
+    """The key of a layer of a stack; what is not stacked has the key of the run."""
+    return jax.random.fold_in(key, index + 1)
+
+
+def vote_key(key: jax.Array, step: jax.Array, micro: jax.Array | int) -> jax.Array:
+    """The key of one contribution to a layer: of the step and of the micro-batch's number over all shards."""
+    return jax.random.fold_in(jax.random.fold_in(key, step), micro)
+
+
 def by_turns(
     function: Callable[..., tuple[Any, Report]], spec: MatrixSpec, keys: Any, matrix: Any, found: Any
 ) -> tuple[Any, Report]:

@@ -1,4 +1,4 @@
-"""The loop over the micro-batches of a stage."""
+"""Loops over the micro-batches of a stage."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,3 +25,11 @@ def map_micro(function: Callable[[Any], tuple[Any, Any]], entries: Any, *, summe
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first)[1])
     total, out = jax.lax.scan(body, zeros, entries)
     return out, total
+
+
+def carry_micro(function: Callable[[Any, Any], tuple[Any, Any]], state: Any, entries: Any) -> tuple[Any, Any]:
+    """`function(state, entry)` over the leading axis of `entries`: (the state after all, second results stacked)."""
+    if jax.tree.leaves(entries)[0].shape[0] > 1:
+        return jax.lax.scan(function, state, entries)
+    state, out = function(state, jax.tree.map(lambda leaf: leaf[0], entries))
+    return state, jax.tree.map(lambda leaf: leaf[None], out)

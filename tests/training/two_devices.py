@@ -110,10 +110,11 @@ def check_exchange():
     """Votes travel as float16 where it holds their sums, and as they are where it does not; exactly in either."""
     mesh = jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
     whole, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(AXIS)
-    for largest, total, kind in ((1024, 2047, "f16"), (2048, 4095, "i32"), (None, 4095, "i32")):
+    for largest, total, kind in ((1024, 2047, "f16"), (2**15 - 1, 2**16 - 3, "i32"), (None, 2**20 + 1, "i32")):
 
         def exchange(part, largest=largest):
-            votes = {"matrix": {"sample": part[0]}}
+            votes = shards.narrowed({"matrix": {"sample": part[0]}}, 1, {"sample": largest}.get)
+            assert votes["matrix"]["sample"].dtype == (jnp.int16 if largest else jnp.int32)
             return shards.summed(votes, 1, {"sample": largest}.get, AXIS)["matrix"]["sample"]
 
         run = jax.jit(jax.shard_map(exchange, mesh=mesh, in_specs=split, out_specs=whole, check_vma=False))
