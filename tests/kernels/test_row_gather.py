@@ -8,7 +8,7 @@ from support import random_matrix, values_of
 
 from arbs_kernels import backends
 from arbs_kernels.cases import SMALL_CASES
-from arbs_kernels.row_gather import packed_row_gather, reference, sums_of_rows
+from arbs_kernels.row_gather import api, packed_row_gather, reference, sums_of_rows
 from arbs_kernels.selection import UnsupportedError
 
 
@@ -49,6 +49,14 @@ class RowGather:
         ids = rng.integers(0, 200, shape)
         rows = self.gather(jnp.asarray(ids, dtype), matrix, 7, 4)
         assert rows.shape == (*shape, 7)
+        np.testing.assert_array_equal(rows, matrix.weight.astype(np.float32)[ids])
+
+    @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16"])
+    def test_ids_of_a_dtype_that_does_not_hold_the_height(self, dtype):
+        """Bytes of text, say, in a table with rows to spare."""
+        matrix = random_matrix(np.random.default_rng(17), 2**16 if dtype == "uint16" else 288, 7, 4)
+        ids = np.arange(0, np.iinfo(dtype).max + 1, 3)
+        rows = self.gather(jnp.asarray(ids, dtype), matrix, 7, 4)
         np.testing.assert_array_equal(rows, matrix.weight.astype(np.float32)[ids])
 
     def test_ids_past_the_table_are_clamped(self):
@@ -111,3 +119,12 @@ def test_sums_of_rows(dtype):
         found = sums(jnp.asarray(ids, jnp.int32), rows, 4)
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, atol=3 * 2**-22)  # three summands below 4
+
+
+@pytest.mark.parametrize("capability", [0.0, 9.0], ids=["by scatter", "by product"])
+def test_sums_by_ids_of_a_dtype_that_does_not_hold_the_height(capability, monkeypatch):
+    monkeypatch.setattr(api, "compute_capability", lambda: capability)
+    rows = jnp.ones((3, 5), jnp.float32)
+    expected = np.zeros((288, 5))
+    expected[[2, 255]] = [[2], [1]]
+    np.testing.assert_array_equal(sums_of_rows(jnp.asarray([2, 255, 2], jnp.uint8), rows, 288), expected)

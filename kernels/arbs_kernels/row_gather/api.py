@@ -49,7 +49,7 @@ def packed_row_gather(
     check_matrix("packed_row_gather", trits, scale, in_features, group_size)
     shape = (ids.size, trits.shape[0], in_features, group_size)
     run = tuned("packed_row_gather", GATHER, implementation, shape, dtype)
-    return run(ids, trits, scale, in_features=in_features, group_size=group_size, dtype=dtype)
+    return run(_wide(ids), trits, scale, in_features=in_features, group_size=group_size, dtype=dtype)
 
 
 def sums_of_rows(ids: jax.Array, rows: jax.Array, table_rows: int) -> jax.Array:
@@ -66,4 +66,9 @@ def sums_of_rows(ids: jax.Array, rows: jax.Array, table_rows: int) -> jax.Array:
         float32 `(N, K)`.
     """
     by = reference.sums_by_product if compute_capability() else reference.sums_by_scatter
-    return by(ids, rows, table_rows)
+    return by(_wide(ids), rows, table_rows)
+
+
+def _wide(ids: jax.Array) -> jax.Array:
+    """Ids that can be compared with any table's height, which wraps in the dtype of bytes."""
+    return ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
