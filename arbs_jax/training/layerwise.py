@@ -2,8 +2,9 @@
 
 A model is a chain of stages (`arbs_jax.models.stages`). Forward keeps what each stage needs to be differentiated;
 backward walks the chain from the loss, and as soon as the votes of a layer are known its integer state is replaced in
-place. Repeated blocks are one stage whose state is stacked over layers. Micro-batches are an axis *inside* each stage:
-every layer takes the votes of all of them before it moves, so accumulation costs one layer's votes, not the model's.
+place. Repeated blocks are one stage whose state is stacked over layers. Micro-batches are an axis *inside* each stage,
+through which they go one after another: a layer takes the votes of all of them before it moves, so accumulation costs
+the votes of the layers that move together, not the model's.
 """
 
 from collections.abc import Callable, Mapping
