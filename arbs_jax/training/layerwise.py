@@ -364,11 +364,10 @@ class Sweep:
 
         def one(spec: MatrixSpec, keys: Any, matrix: Any, found: Any) -> tuple[Any, Report]:
             own, passing = keys
-            counted = found
             if casting is not None:
-                cast = self._vote(spec, matrix, found, passing)
-                counted = shards.summed(cast, 1, self.rule.largest_vote, self.axis_name)
-            counted = {entry: vote.astype(jnp.int32) for entry, vote in counted.items()}
+                found = self._vote(spec, matrix, found, passing)
+                found = shards.summed(found, 1, self.rule.largest_vote, self.axis_name)
+            counted = shards.widened(found)
             counted["count"] = jnp.where(moves, counted["count"], 0)
             new = self.rule.update(dict(matrix), counted, spec, step, own)
             return new, self.rule.report(dict(matrix), new, spec)

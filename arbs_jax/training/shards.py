@@ -28,6 +28,11 @@ def narrowed(votes: Any, micro: int, largest_vote: Callable[[str], int | None]) 
     return jax.tree_util.tree_map_with_path(narrow, votes)
 
 
+def widened(votes: Any) -> Any:
+    """Votes as a rule takes them, in int32 at least."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.int32)), votes)
+
+
 def summed(votes: Any, micro: int, largest_vote: Callable[[str], int | None], axis_name: str | None) -> Any:
     """Votes, each already the sum of a shard's `micro`, summed over all shards: exact, so in any order.
 
@@ -41,7 +46,7 @@ def summed(votes: Any, micro: int, largest_vote: Callable[[str], int | None], ax
     def total(path: Any, leaf: jax.Array) -> jax.Array:
         if _within(_LARGEST_EXACT, path, count, largest_vote):
             return jax.lax.psum(leaf.astype(jnp.float16), axis_name).astype(leaf.dtype)
-        return jax.lax.psum(leaf.astype(jnp.int32), axis_name)
+        return jax.lax.psum(widened(leaf), axis_name)
 
     return jax.tree_util.tree_map_with_path(total, votes)
 

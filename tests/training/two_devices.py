@@ -110,15 +110,17 @@ def check_exchange():
     """Votes travel as float16 where it holds their sums, and as they are where it does not; exactly in either."""
     mesh = jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
     whole, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(AXIS)
-    for largest, total, kind in ((1024, 2047, "f16"), (2**15 - 1, 2**16 - 3, "i32"), (None, 2**20 + 1, "i32")):
+    cases = ((1024, 2047, "f16"), (2**15 - 1, 2**16 - 3, "i32"), (None, 2**20 + 1, "i32"), (None, 2**40 + 1, "i64"))
+    for largest, total, kind in cases:
 
         def exchange(part, largest=largest):
             votes = shards.narrowed({"matrix": {"sample": part[0]}}, 1, {"sample": largest}.get)
-            assert votes["matrix"]["sample"].dtype == (jnp.int16 if largest else jnp.int32)
+            assert votes["matrix"]["sample"].dtype == (jnp.int16 if largest else part.dtype)
             return shards.summed(votes, 1, {"sample": largest}.get, AXIS)["matrix"]["sample"]
 
         run = jax.jit(jax.shard_map(exchange, mesh=mesh, in_specs=split, out_specs=whole, check_vma=False))
-        parts = jnp.asarray([[total // 2] * 5, [total - total // 2] * 5], jnp.int32)
+        dtype = jnp.int64 if kind == "i64" else jnp.int32
+        parts = jnp.asarray([[total // 2] * 5, [total - total // 2] * 5], dtype)
         np.testing.assert_array_equal(run(parts), [total] * 5)
         (reduced,) = re.findall(r"all_reduce.*?-> tensor<5x(\w+)>", run.lower(parts).as_text(), re.DOTALL)
         assert reduced == kind
