@@ -2,7 +2,8 @@
 
     python accuracy_of_step.py
 
-Matrices have singular values spread geometrically from 1 down to 10^-spread; errors are relative, in the Frobenius norm.
+Matrices have singular values spread geometrically from 1 down to 10^-spread; errors are relative, in the Frobenius
+norm.
 """
 
 import argparse
