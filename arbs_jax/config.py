@@ -63,7 +63,7 @@ class TrainConfig:
     the device (`arbs_jax.training.program`)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "context", "accum", "devices", "layers_at_once"):
+        for name in ("steps", "batch", "context", "devices", "accum", "layers_at_once"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 flag = "ctx" if name == "context" else name.replace("_", "-")
                 raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, name)}")

@@ -212,3 +212,16 @@ def test_what_may_change_exists():
         node = document
         for part in key.split("."):
             node = node[part]
+
+
+def test_as_many_micro_batches_as_devices_unless_told_or_begun():
+    def accum(base=None, **flags):
+        return ModelFlags(**flags).resolve(base).train.accum
+
+    assert accum() == 1
+    assert accum(devices=3) == 3
+    assert accum(devices=3, accum=6) == 6
+    begun = ModelFlags(accum=4).resolve()
+    assert accum(begun, devices=2) == 4
+    with pytest.raises(ConfigError, match="got 3 and 4; pass --accum 3 or a multiple of it"):
+        accum(begun, devices=3)

@@ -185,7 +185,7 @@ class ModelFlags:
         int | None, whole("--batch"), about("Windows in a micro-batch.", f"{TrainConfig.batch}, of arbs smoke 1")
     ] = None
     accum: Annotated[
-        int | None, whole("--accum"), about("Micro-batches a step, each a vote.", str(TrainConfig.accum))
+        int | None, whole("--accum"), about("Micro-batches a step, each a vote.", "as many as --devices")
     ] = None
     devices: Annotated[
         int | None,
@@ -226,6 +226,8 @@ class ModelFlags:
         Raises:
             ConfigError: a value is out of range, or two contradict each other.
         """
+        # A run that is there keeps its micro-batches, which decide its data order.
+        accum = self.devices if self.accum is None and base is None else self.accum
         base = base or RunConfig()
         name = self._preset(base)
         model = preset(name) if name != base.preset else base.model
@@ -240,8 +242,8 @@ class ModelFlags:
         train = _given(
             context=self.ctx,
             batch=self.batch,
-            accum=self.accum,
             devices=self.devices,
+            accum=accum,
             steps=self.steps,
             seed=self.seed,
             kernel=self.kernel,
