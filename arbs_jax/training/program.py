@@ -26,8 +26,8 @@ from arbs_kernels.backends import default_device
 GROUP_GRADIENT_BYTES = 2**27
 """Gradients, in the activations' dtype, of the layers that move together on a GPU, whatever the batch. Moving small
 layers takes some four times that for temporaries (`byte-50m`, with remat: 384 MB for 101), large ones, whose matrices
-move one after another, once and a quarter (`byte-1b`: 1,412 MB for 1,130). With several micro-batches
-sums of votes are held as well, as many bytes in int16."""
+move one after another, once and a quarter (`byte-1b`: 1,412 MB for 1,130). With several micro-batches sums of votes are
+held as well, as many bytes in int16."""
 MOST_GROUP_GRADIENT_BYTES = 5 * 2**28
 """The same of a large batch, within what backward keeps of it anyway. `byte-1b` takes 285 ms a step of 16 x 1024 bytes
 one layer at a time and 252 with 1,130 MB of them; more has not been tried (experiments/2026_11_28_float8)."""

@@ -67,6 +67,11 @@ def test_a_matrix_and_its_transpose_become_the_polynomials_of_their_singular_val
         assert np.linalg.norm(got - expected) < 1e-5 * np.linalg.norm(expected)
 
 
+def test_the_transpose_is_treated_alike():
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((20, 50)), jnp.float32)
+    np.testing.assert_allclose(iterate(x.T).T, iterate(x), atol=1e-5)
+
+
 def test_nothing_stays_nothing():
     zero = jnp.zeros((8, 12), jnp.float32)
     assert not np.asarray(iterate(zero)).any()

@@ -72,22 +72,16 @@ def main():
     assert_trees_equal(got, expected_sampled)
     print("sampling")
 
-    # A rule that computes with floats between votes and state: equal votes make equal states, in any program.
+    # A rule that computes with floats between votes and state: equal votes make equal states, in any program. Of four
+    # micro-batches each shard has two, whose votes are summed there before they are exchanged.
     rule = toy_chain.latent()
-    more = [toy_chain.batches(2, seed=seed) for seed in range(8)]
-    expected_latent, _ = run_steps(jax.jit(step_of(rule)), more, rule)
-    got, _ = run_steps(sharded(rule), more, rule)
-    assert_replicated(got)
-    assert_trees_equal(got, expected_latent)
-    print("latent")
-
-    # Two micro-batches on each: votes are summed there before they are exchanged.
-    more = [toy_chain.batches(4, seed=seed) for seed in range(4)]
-    expected_latent, _ = run_steps(jax.jit(step_of(rule)), more, rule)
-    got, _ = run_steps(sharded(rule), more, rule)
-    assert_replicated(got)
-    assert_trees_equal(got, expected_latent)
-    print("four")
+    for name, micro, steps in (("latent", 2, 8), ("four", 4, 4)):
+        more = [toy_chain.batches(micro, seed=seed) for seed in range(steps)]
+        expected_latent, _ = run_steps(jax.jit(step_of(rule)), more, rule)
+        got, _ = run_steps(sharded(rule), more, rule)
+        assert_replicated(got)
+        assert_trees_equal(got, expected_latent)
+        print(name)
 
     check_exchange()
     print("exchange")
