@@ -1,0 +1,101 @@
+"""What a step costs whose products XLA may not try out: three ways to compile it, each in a process of its own.
+
+    python tuned_step.py --preset byte-50m --batch 64 --context 256
+
+`first`: `xla_gpu_exclude_nondeterministic_ops`, with which XLA takes the first algorithm of every product; `free`:
+without it; `tuned`: without it and then again with it, when the algorithms that it found are still known. `qat` is the
+baseline, without it. Of each: seconds to compile, ms a step (a median), and whether two runs from one state give the
+same bits. A rule's steps are `latent10`'s.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "2026_11_20_rules"))
+from baselines import ADAMW_BF16, QAT
+from harness import Setting
+
+from arbs_jax.training.program import Program
+from arbs_jax.training.step import jit_step, make_step
+
+ONLY = {"xla_gpu_exclude_nondeterministic_ops": True}
+BASELINES = {"qat": QAT, "dense": ADAMW_BF16}
+
+
+def compiled(arm: str, setting: Setting, products: str) -> tuple[Any, Any]:
+    """(compiled step, a function that makes a fresh state)."""
+    config = setting.config("latent10")
+    program = Program(replace(config, train=replace(config.train, products=products)))
+    tokens = jax.ShapeDtypeStruct((1, setting.batch, setting.context + 1), jnp.uint8)
+    if arm in BASELINES:
+        model, depth = program.model, program.config.model.layers
+        init = jax.jit(lambda: BASELINES[arm].init(program.specs, depth, jnp.uint32(0), jnp.float32(2e-3)))
+        step = jax.jit(BASELINES[arm].step(model, setting.steps), donate_argnums=0)
+        return step.lower(jax.eval_shape(init), tokens).compile(), init
+
+    def made(options: dict[str, bool] | None) -> Any:
+        step = jit_step(make_step(program.sweep, program.config.train.seed), options)
+        return step.lower(program.abstract_state, tokens).compile()
+
+    step = made(ONLY if arm == "first" else None)
+    return (made(ONLY) if arm == "tuned" else step), program.init_state
+
+
+def one(arm: str, args: argparse.Namespace) -> None:
+    """Compiles, runs, prints a line."""
+    setting = Setting(args.preset, 1000, args.batch, args.context, dtype="bfloat16", remat=True)
+    began = time.perf_counter()
+    step, init = compiled(arm, setting, args.products)
+    took = time.perf_counter() - began
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, 256, (1, args.batch, args.context + 1)).astype(np.uint8) for _ in range(args.steps + 3)]
+    ends = []
+    for _ in range(2):
+        state, seconds = init(), []
+        for tokens in batches:
+            start = time.perf_counter()
+            state, _ = jax.block_until_ready(step(state, tokens))
+            seconds.append(time.perf_counter() - start)
+        ends.append([np.asarray(leaf) for leaf in jax.tree.leaves(state)])
+        del state
+    alike = sum(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(*ends, strict=True))
+    algorithms = Counter(re.findall(r'"selected_algorithm":"?(\d+)', step.as_text()))
+    print(
+        f"{jax.devices()[0].device_kind}, {args.preset} {args.batch} x {args.context} {args.products}, {arm:>6}: "
+        f"compiled in {took:.0f} s, {1e3 * np.median(seconds[3:]):.2f} ms a step, "
+        f"{alike} of {len(ends[0])} leaves alike, algorithms {dict(algorithms)}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Every arm in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="byte-50m")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--products", default="dtype")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--arms", nargs="+", default=["first", "free", "tuned", "qat"])
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.arm:
+        one(args.arm, args)
+        return
+    for arm in args.arms:
+        subprocess.run([sys.executable, *sys.argv, "--arm", arm], check=False)
+
+
+if __name__ == "__main__":
+    main()
