@@ -89,16 +89,15 @@ def move(
     if not votes:
         return matrix, {}
     votes = _merged(rule, votes, spec)
+    votes["count"] = jnp.where(moves, votes["count"], 0)
     ids, touched = votes.pop("ids"), votes["touched"] > 0
     # The rows are copied out: were they read from the table again after it has moved, there would have to be a second.
     taken = {name: leaf for name, leaf in _rows_of(rule, matrix, ids).items() if name in rule.row_leaves}
     taken, votes = jax.lax.optimization_barrier((taken, votes))
     before = matrix | taken
-    small = _of_rows(spec, ids)
-    new = rule.update(dict(before), votes, small, step, key)
+    after, report = rule.update(dict(before), votes, _of_rows(spec, ids), step, key)
     # What the rule leaves alone is not written: of a write that waits for no vote the compiler makes a copy.
-    changed = {name: jnp.where(moves, leaf, before[name]) for name, leaf in new.items() if leaf is not before[name]}
-    report = _report(rule, before, before | changed, small, touched)
+    changed = {name: leaf for name, leaf in after.items() if leaf is not before[name]}
     return put_back(rule, matrix, jnp.where(touched & moves, ids, spec.out_features), changed), report
 
 
@@ -111,23 +110,6 @@ def _merged(rule: Rule, votes: Votes, spec: MatrixSpec) -> Votes:
         return jnp.zeros((rows.shape[0], *entry.shape[1:]), entry.dtype).at[place].add(entry, mode="drop")
 
     return {name: added(entry) if _is_of_rows(rule, name) else entry for name, entry in votes.items()} | {"ids": rows}
-
-
-def _report(rule: Rule, before: Matrix, after: Matrix, spec: MatrixSpec, touched: jax.Array) -> Report:
-    """The reports of rows one by one, those summed that were touched: the rest is padding."""
-    one = replace(spec, out_features=1)
-
-    axes = {name: max(leaf.ndim - 2, 0) for name, leaf in before.items() if name in rule.row_leaves}
-
-    def of_one_row(matrix: Matrix) -> Matrix:
-        return matrix | {name: jnp.expand_dims(matrix[name], axis) for name, axis in axes.items()}
-
-    def of_row(before: Matrix, after: Matrix) -> Report:
-        return rule.report(of_one_row(before), of_one_row(after), one)
-
-    every = {name: axes.get(name) for name in before}
-    rows = jax.vmap(of_row, (every, every))(before, after)
-    return jax.tree.map(lambda entry: jnp.sum(jnp.where(touched, entry, 0), dtype=entry.dtype), rows)
 
 
 def _rows_of(rule: Rule, matrix: Matrix, ids: jax.Array) -> Matrix:

@@ -167,7 +167,11 @@ def update(rule: Rule, specs: Tree, ternary: Tree, votes: Tree, step: jax.Array 
         if spec.sparse:
             return tables.move(rule, matrix, cast, spec, at, own)[0]
         return each_expert(
-            lambda single, key, *nodes: rule.update(dict(nodes[0]), nodes[1], single, at, key), spec, own, matrix, cast
+            lambda single, key, *nodes: rule.update(dict(nodes[0]), nodes[1], single, at, key)[0],
+            spec,
+            own,
+            matrix,
+            cast,
         )
 
     return map_matrices(moved, ternary, votes)

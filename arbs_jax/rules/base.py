@@ -56,17 +56,16 @@ class Rule(Protocol):
         """The largest magnitude in one vote's entry `name`; None where nothing but its dtype bounds it."""
         ...
 
-    def update(self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, key: jax.Array) -> Matrix:
-        """The state after these summed votes; with a `count` of 0, whatever else they hold, it is what it was.
+    def update(
+        self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, key: jax.Array
+    ) -> tuple[Matrix, Report]:
+        """(the state after these summed votes, what a person watches of its update; see `base_report`).
 
-        `step` is int32 (), the number of updates before this one; `key` is of the run and matrix, the same every step.
-        Of a sparse table it sees the rows that a step touches, and `touched` int32 (N,) among the votes: how many of
-        `count` votes touched each of them; what becomes of a row with 0 is not kept.
+        With a `count` of 0, whatever else the votes hold, the state is what it was. `step` is int32 (), the number of
+        updates before this one; `key` is of the run and matrix, the same every step. Of a sparse table it sees the rows
+        that a step touches, and `touched` int32 (N,) among the votes: how many of `count` votes touched each of them;
+        what becomes of a row with 0 is not kept, nor reported.
         """
-        ...
-
-    def report(self, before: Matrix, after: Matrix, spec: MatrixSpec) -> Report:
-        """What a person watches of one matrix's update, as sums over its weights or groups; see `base_report`."""
         ...
 
 
@@ -104,28 +103,42 @@ def add_reports(*reports: Report) -> Report:
     return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *reports)
 
 
-def base_report(rule: Rule, before: Matrix, after: Matrix, spec: MatrixSpec) -> Report:
-    """Sums over one unstacked matrix.
+def base_report(
+    rule: Rule, before: Matrix, after: Matrix, votes: Votes, spec: MatrixSpec, counts: jax.Array | None = None
+) -> Report:
+    """Sums over one unstacked matrix, of a sparse table over the rows that `votes` touched.
 
-    `weights` and `groups` there are; `flips`, trits that changed; `zeros`, trits that are 0 now; `drift`, |log2 of the
-    scale over the base scale|; `saturated`, 0 for rules without latents.
+    `weights` and `groups` there are; `flips`, trits that changed; `zeros`, trits that are 0 now; `saturated`, latents
+    at either end of their range (0 for rules without latents); `drift`, |log2 of the scale over the base scale|. A
+    rule that has counted the first three of every row gives them as `counts`, int32 (N, 3), in this order.
     """
-    old, new = digits(before["trits"]), digits(after["trits"])
-    padding = spec.out_features * (len(new) * spec.packed - spec.in_features)
+    if counts is None:
+        old, new = digits(before["trits"]), digits(after["trits"])
+        padding = len(new) * spec.packed - spec.in_features
+        flips = _of_rows(a != b for a, b in zip(old, new, strict=True))
+        zeros = _of_rows(digit == 1 for digit in new) - padding
+        counts = jnp.stack([flips, zeros, jnp.zeros_like(flips)], axis=1)
     shift = jnp.log2(rule.scale(after, spec.group_size)) - after["exponent"].astype(jnp.float32)
+    drift = jnp.sum(jnp.abs(shift), axis=1)
+    rows = jnp.float32(spec.out_features)
+    if "touched" in votes:
+        touched = votes["touched"] > 0
+        rows = jnp.sum(touched, dtype=jnp.float32)
+        counts, drift = jnp.where(touched[:, None], counts, 0), jnp.where(touched, drift, 0)
+    flips, zeros, saturated = jnp.sum(counts, axis=0, dtype=jnp.float32)
     return {
-        "weights": jnp.float32(spec.out_features * spec.in_features),
-        "groups": jnp.float32(spec.out_features * spec.groups),
-        "flips": total(a != b for a, b in zip(old, new, strict=True)),
-        "zeros": total(digit == 1 for digit in new) - padding,
-        "drift": jnp.sum(jnp.abs(shift)),
-        "saturated": jnp.zeros((), jnp.float32),
+        "weights": rows * spec.in_features,
+        "groups": rows * spec.groups,
+        "flips": flips,
+        "zeros": zeros,
+        "drift": jnp.sum(drift),
+        "saturated": saturated,
     }
 
 
-def total(conditions: Iterable[jax.Array]) -> jax.Array:
-    """How often they hold, float32 (): added byte by byte first, so that one pass over the bytes makes the sum."""
-    return jnp.sum(sum(condition.astype(jnp.uint8) for condition in conditions), dtype=jnp.float32)
+def _of_rows(conditions: Iterable[jax.Array]) -> jax.Array:
+    """How often they hold in every row, int32 (N,): added byte by byte first, so that one pass over the bytes does."""
+    return jnp.sum(sum(condition.astype(jnp.uint8) for condition in conditions), axis=1, dtype=jnp.int32)
 
 
 def shares(sums: Report) -> dict[str, jax.Array]:

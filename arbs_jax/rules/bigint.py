@@ -45,13 +45,12 @@ class BigInt:
         """Score and count as int32."""
         return score_vote(collected)
 
-    def update(self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, key: jax.Array) -> Matrix:
+    def update(
+        self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, key: jax.Array
+    ) -> tuple[Matrix, Report]:
         """Subtracts the score, counts the votes."""
-        return matrix | {
+        moved = matrix | {
             "corr": matrix["corr"] - counted_score(votes).astype(jnp.int64),
             "votes": matrix["votes"] + votes["count"].astype(jnp.int64),
         }
-
-    def report(self, before: Matrix, after: Matrix, spec: MatrixSpec) -> Report:
-        """See `base_report`; trits never flip."""
-        return base_report(self, before, after, spec)
+        return moved, base_report(self, matrix, moved, votes, spec)

@@ -19,7 +19,6 @@ touched it, without low-rank momentum, which would be of the whole table.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +26,12 @@ import numpy as np
 
 from arbs_jax.errors import ConfigError
 from arbs_jax.rules import planes
-from arbs_jax.rules.base import Report, Votes, base_report, exp2_scale, total
+from arbs_jax.rules.base import Report, Votes, base_report, exp2_scale
 from arbs_jax.rules.momentum import Int8Momentum, LowRankMomentum, Momentum, NoMomentum
 from arbs_jax.rules.noise import dither_seed, salt_of, white, white_seed
 from arbs_jax.rules.orthogonal import newton_schulz
 from arbs_jax.rules.schedule import UNIT_BITS, Schedule
 from arbs_jax.state import Matrix, MatrixSpec
-from arbs_kernels.codec import digits
 from arbs_kernels.gradient_sample import LARGEST, STEPS, gradient_sample
 from arbs_kernels.latent_step import latent_step
 
@@ -144,32 +142,28 @@ class Latent:
         }
         return {name: jnp.where(usable, jnp.round(value), 0).astype(jnp.int32) for name, value in cast.items()}
 
-    def update(self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, key: jax.Array) -> Matrix:
-        """The matrix after these votes, unchanged if there was none; see the module."""
+    def update(
+        self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, key: jax.Array
+    ) -> tuple[Matrix, Report]:
+        """The matrix after these votes, unchanged if there was none, and its report; see the module."""
         count = jnp.maximum(votes["count"], 1)
         multiplier = self.schedule.multiplier(step)
         peak = jnp.asarray(round(self.scale_rate * 2**_FRACTION_BITS), jnp.int64)
         rate = (multiplier * peak) >> UNIT_BITS
         pull = rate * votes["score"].astype(jnp.int64) // (_taken(votes, count).astype(jnp.int64) * _SCORE_STEPS)
-        moved = self._moved(matrix, votes, spec, step, salt_of(key)) | {
-            "corr": matrix["corr"] - pull,
-            "votes": matrix["votes"] + votes["count"].astype(jnp.int64),
-        }
+        moved, counts = self._moved(matrix, votes, spec, step, salt_of(key))
+        moved |= {"corr": matrix["corr"] - pull, "votes": matrix["votes"] + votes["count"].astype(jnp.int64)}
         # The latents, most of the state, stay where they are by themselves: no pass over them chooses.
-        return matrix | {
+        after = matrix | {
             name: new if name in ("trits", "residual") else jnp.where(votes["count"] > 0, new, matrix[name])
             for name, new in moved.items()
         }
+        return after, base_report(self, matrix, after, votes, spec, counts)
 
-    def report(self, before: Matrix, after: Matrix, spec: MatrixSpec) -> Report:
-        """See `base_report`; `saturated` counts latents at either end of their range."""
-        # A latent is at an end of its range where all its digits are those of that end.
-        columns = zip(*(digits(plane) for plane in (after["trits"], *after.get("residual", ()))), strict=True)
-        ends = total(_all_are(0, column) | _all_are(2, column) for column in columns)
-        return base_report(self, before, after, spec) | {"saturated": ends}
-
-    def _moved(self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, salt: jax.Array) -> Matrix:
-        """Latents, momentum and moments after these votes."""
+    def _moved(
+        self, matrix: Matrix, votes: Votes, spec: MatrixSpec, step: jax.Array, salt: jax.Array
+    ) -> tuple[Matrix, jax.Array]:
+        """(latents, momentum and moments after these votes, what `latent_step` counted)."""
         count = jnp.maximum(votes["count"], 1).astype(jnp.float32)
         taken = _taken(votes, count)
         u = votes["sample"].astype(jnp.float32) / (STEPS * taken)
@@ -199,7 +193,7 @@ class Latent:
         rate = self.learning_rate * (self.table_rate if spec.table else 1.0)
         rate *= self.schedule.multiplier(step).astype(jnp.float32) * 2.0**-UNIT_BITS
         none = jnp.zeros((0, *matrix["trits"].shape), jnp.uint8)
-        trits, residual = latent_step(
+        trits, residual, counts = latent_step(
             d,
             matrix["trits"],
             matrix.get("residual", none),
@@ -210,16 +204,12 @@ class Latent:
             implementation=self.implementation,
         )
         moved = {"trits": trits, "residual": residual} if self.planes > 1 else {"trits": trits}
-        return moved | kept | moments
+        return moved | kept | moments, counts
 
     def _blend(self, stored: jax.Array, now: jax.Array, first: jax.Array) -> jax.Array:
         """Log2 (in 1/16) of the running mean of second moments whose logs are given."""
         mean = self.moment_decay * _unlog(stored.astype(jnp.float32)) + (1 - self.moment_decay) * _unlog(now)
         return jnp.where(first, now, _LOG_STEPS * jnp.log2(mean + _TINY))
-
-
-def _all_are(digit: int, planes: tuple[jax.Array, ...]) -> jax.Array:
-    return reduce(jnp.logical_and, (plane == digit for plane in planes))
 
 
 def _unlog(log: jax.Array) -> jax.Array:

@@ -369,8 +369,7 @@ class Sweep:
                 found = shards.summed(found, 1, self.rule.largest_vote, self.axis_name)
             counted = shards.widened(found)
             counted["count"] = jnp.where(moves, counted["count"], 0)
-            new = self.rule.update(dict(matrix), counted, spec, step, own)
-            return new, self.rule.report(dict(matrix), new, spec)
+            return self.rule.update(dict(matrix), counted, spec, step, own)
 
         def each(spec: MatrixSpec, matrix: Any, found: Any, own: jax.Array, passing: jax.Array) -> tuple[Any, Report]:
             if spec.sparse:  # Its rows move by themselves.

@@ -11,7 +11,7 @@ from arbs_kernels.noise import positions
 from arbs_kernels.selection import UnsupportedError
 
 NORM, RATE, SEED, OFFSET = 0.9, 3.7, 12345, 987654321
-CASES = ((7, 33, 5), (5, 64, 3), (9, 21, 2), (1, 1, 5), (3, 257, 4), (4, 10, 1))
+CASES = ((7, 33, 5), (5, 64, 3), (9, 21, 2), (1, 1, 5), (3, 257, 4), (4, 10, 1), (2, 1310, 3))
 
 
 def packed(v, planes):
@@ -37,9 +37,17 @@ class LatentStep:
     def run(self, direction, v, planes, power=2.0, rate=RATE):
         step = jax.jit(latent_step, static_argnames=("power", "implementation"))
         scalars = (jnp.float32(NORM), jnp.float32(rate), jnp.uint32(SEED), jnp.uint32(OFFSET))
-        trits, residual = step(direction, *packed(v, planes), *scalars, power=power, implementation=self.implementation)
+        trits, residual, counts = step(
+            direction, *packed(v, planes), *scalars, power=power, implementation=self.implementation
+        )
         assert trits.dtype == residual.dtype == jnp.uint8
-        return np.asarray(latents.decode(trits, residual, v.shape[1])).astype(int), trits
+        moved = np.asarray(latents.decode(trits, residual, v.shape[1])).astype(int)
+        assert (counts.dtype, counts.shape) == (jnp.int32, (v.shape[0], 3))
+        edge = latents.zero_half_range(planes)
+        before, now = (np.sign(latent) * (np.abs(latent) > edge) for latent in (v, moved))
+        saturated = np.abs(moved) == latents.half_range(planes)
+        np.testing.assert_array_equal(counts, np.stack([before != now, now == 0, saturated], axis=-1).sum(axis=1))
+        return moved, trits
 
     @pytest.mark.parametrize("power", [1.0, 1.5, 2.0])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -28,7 +28,7 @@ every_rule = pytest.mark.parametrize("name", RULES)
 @cache
 def updater(rule, spec=SPEC):
     """Compiled once for a rule and a shape."""
-    return jax.jit(lambda matrix, votes, step, key=KEY: rule.update(matrix, votes, spec, step, key))
+    return jax.jit(lambda matrix, votes, step, key=KEY: rule.update(matrix, votes, spec, step, key)[0])
 
 
 @cache

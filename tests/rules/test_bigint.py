@@ -113,7 +113,9 @@ def test_unanimous_votes_shift_by_the_strength():
 def test_update_subtracts_in_64_bits():
     state = leaves([[0, 0]], [[2**40, -(2**62)]], 2**40) | {"trits": jnp.zeros((1, 1), jnp.uint8)}
     votes = {"score": jnp.asarray([[-7, 5]], jnp.int32), "count": jnp.asarray(3, jnp.int32)}
-    after = jax.jit(lambda m, v: RULE.update(m, v, MatrixSpec(1, 5, 4), jnp.int32(0), jax.random.key(0)))(state, votes)
+    after = jax.jit(lambda m, v: RULE.update(m, v, MatrixSpec(1, 5, 4), jnp.int32(0), jax.random.key(0))[0])(
+        state, votes
+    )
     assert_trees_equal(
         after, leaves([[0, 0]], [[2**40 + 7, -(2**62) - 5]], 2**40 + 3) | {"trits": jnp.zeros((1, 1), jnp.uint8)}
     )

@@ -34,7 +34,7 @@ def cast(score, count=1):
 
 
 def moved(state, votes, step=0, rule=RULE):
-    return rule.update(state, votes, SPEC, jnp.asarray(step, jnp.int32), jax.random.key(0))
+    return rule.update(state, votes, SPEC, jnp.asarray(step, jnp.int32), jax.random.key(0))[0]
 
 
 rates = jax.jit(lambda rule, steps: rule.integer_rate(steps, 32), static_argnums=0)
@@ -110,7 +110,7 @@ def test_one_step_moves_the_scale_by_the_learning_rate():
     rule = Integral(learning_rate=0.5, schedule=CONSTANT)
     spec = MatrixSpec(1, 64, 64)
     state = {name: leaf[:1, :1] if leaf.ndim else leaf for name, leaf in matrix(0, 0).items()}
-    after = rule.update(state, cast([[8]]), spec, jnp.int32(0), jax.random.key(0))
+    after, _ = rule.update(state, cast([[8]]), spec, jnp.int32(0), jax.random.key(0))
     np.testing.assert_allclose(np.log2(rule.scale(after, 64)), -0.5, rtol=2**-20)
 
 

@@ -173,7 +173,7 @@ def test_the_canary_survives_scan_and_donation(name):
         expected = corr_after(rule, expected, vote, step)
 
     def body(matrix, entry):
-        return rule.update(matrix, entry[0], SPEC, entry[1], KEY), None
+        return rule.update(matrix, entry[0], SPEC, entry[1], KEY)[0], None
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *votes)
     scanned = jax.jit(lambda m, v: jax.lax.scan(body, m, (v, jnp.arange(3, dtype=jnp.int32)))[0], donate_argnums=0)

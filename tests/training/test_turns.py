@@ -31,7 +31,7 @@ def test_turns_change_nothing(experts):
     rule = Integral()
 
     def moved(spec, key, matrix, found):
-        new = rule.update(dict(matrix), found, spec, jnp.int32(5), key)
+        new, _ = rule.update(dict(matrix), found, spec, jnp.int32(5), key)
         noise = jax.random.randint(key, new["corr"].shape, 0, 9, jnp.int32)
         report = empty_report() | {"weights": jnp.sum(noise).astype(jnp.float32)}
         return new | {"corr": new["corr"] + noise.astype(jnp.int64)}, report

@@ -31,10 +31,10 @@ class Sampling(Integral):
         return votes | {"noise": jax.random.randint(key, votes["score"].shape, 0, 2**10, jnp.int32)}
 
     def update(self, matrix, votes, spec, step, key):
-        moved = super().update(matrix, votes, spec, step, key)
+        moved, report = super().update(matrix, votes, spec, step, key)
         own = jax.random.randint(key, matrix["corr"].shape, 0, VOTED, jnp.int32)
         noise = jnp.where(votes["count"] > 0, VOTED * votes["noise"] + own, 0)
-        return moved | {"corr": moved["corr"] + noise.astype(jnp.int64)}
+        return moved | {"corr": moved["corr"] + noise.astype(jnp.int64)}, report
 
 
 def specs(tied: bool = False, width: int = WIDTH) -> dict[str, Any]:

@@ -26,8 +26,8 @@ def latent_step(
     *,
     power: float,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Latents after one step; under `vmap` all matrices go in one launch.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Latents after one step, and what there is to say of them; under `vmap` all matrices go in one launch.
 
     The step's entries are `sign(d) norm |d / norm|^power`, clipped to 4. Rounding noise is a hash of (seed, row,
     column), plus `offset` in units of 2^-32 modulo 1.
@@ -44,7 +44,8 @@ def latent_step(
         implementation: "xla", "triton", or None for the best that works here.
 
     Returns:
-        (`trits`, `residual`) of the new latents, clipped to their range.
+        (`trits`, `residual`) of the new latents, clipped to their range; `int32 (N, 3)`, of every row how many trits
+        changed, how many are 0 now, and how many latents are at either end of their range.
 
     Raises:
         ValueError: shapes or dtypes do not fit. UnsupportedError: no such implementation.

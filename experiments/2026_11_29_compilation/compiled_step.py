@@ -1,11 +1,13 @@
-"""What a step costs whose products XLA may not try out: three ways to compile it, each in a process of its own.
+"""What a step costs by how it is compiled, each way in a process of its own.
 
-    python tuned_step.py --preset byte-50m --batch 64 --context 256
+    python compiled_step.py --preset byte-50m --batch 64 --context 256
 
 `first`: `xla_gpu_exclude_nondeterministic_ops`, with which XLA takes the first algorithm of every product; `free`:
-without it; `tuned`: without it and then again with it, when the algorithms that it found are still known. `qat` is the
-baseline, without it. Of each: seconds to compile, ms a step (a median), and whether two runs from one state give the
-same bits. A rule's steps are `latent10`'s.
+without it; `tuned`: without it and then again with it, when the algorithms that it found are still known; `concurrent`:
+with it, and kernels of a command buffer that do not need each other run side by side. `qat` and `dense` are the
+baselines, compiled as JAX does, `qat-concurrent` and `dense-concurrent` with kernels side by side, `qat-first` with the
+option. Of each: seconds to compile, ms a step (a median), the compiler's own account of temporaries, and whether two
+runs from one state give the same bits. A rule's steps are `latent10`'s.
 """
 
 import argparse
@@ -30,6 +32,8 @@ from arbs_jax.training.program import Program
 from arbs_jax.training.step import jit_step, make_step
 
 ONLY = {"xla_gpu_exclude_nondeterministic_ops": True}
+BESIDE = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+OPTIONS: dict[str, Any] = {"first": ONLY, "free": None, "tuned": None, "concurrent": ONLY | BESIDE}
 BASELINES = {"qat": QAT, "dense": ADAMW_BF16}
 
 
@@ -38,17 +42,19 @@ def compiled(arm: str, setting: Setting, products: str) -> tuple[Any, Any]:
     config = setting.config("latent10")
     program = Program(replace(config, train=replace(config.train, products=products)))
     tokens = jax.ShapeDtypeStruct((1, setting.batch, setting.context + 1), jnp.uint8)
-    if arm in BASELINES:
+    name, _, how = arm.partition("-")
+    if name in BASELINES:
         model, depth = program.model, program.config.model.layers
-        init = jax.jit(lambda: BASELINES[arm].init(program.specs, depth, jnp.uint32(0), jnp.float32(2e-3)))
-        step = jax.jit(BASELINES[arm].step(model, setting.steps), donate_argnums=0)
-        return step.lower(jax.eval_shape(init), tokens).compile(), init
+        init = jax.jit(lambda: BASELINES[name].init(program.specs, depth, jnp.uint32(0), jnp.float32(2e-3)))
+        step = jax.jit(BASELINES[name].step(model, setting.steps), donate_argnums=0)
+        options = {"": None, "first": ONLY, "concurrent": BESIDE}[how]
+        return step.lower(jax.eval_shape(init), tokens).compile(compiler_options=options), init
 
-    def made(options: dict[str, bool] | None) -> Any:
+    def made(options: Any) -> Any:
         step = jit_step(make_step(program.sweep, program.config.train.seed), options)
         return step.lower(program.abstract_state, tokens).compile()
 
-    step = made(ONLY if arm == "first" else None)
+    step = made(OPTIONS[arm])
     return (made(ONLY) if arm == "tuned" else step), program.init_state
 
 
@@ -74,6 +80,7 @@ def one(arm: str, args: argparse.Namespace) -> None:
     print(
         f"{jax.devices()[0].device_kind}, {args.preset} {args.batch} x {args.context} {args.products}, {arm:>6}: "
         f"compiled in {took:.0f} s, {1e3 * np.median(seconds[3:]):.2f} ms a step, "
+        f"{step.memory_analysis().temp_size_in_bytes / 1e6:.0f} MB of temporaries, "
         f"{alike} of {len(ends[0])} leaves alike, algorithms {dict(algorithms)}",
         flush=True,
     )
