@@ -5,6 +5,7 @@ Each matrix also reads two optional collections: "probes", whose cotangent is th
 request only and tells the logical shape of every matrix.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from arbs_jax.errors import ConfigError
 from arbs_jax.rules import Integral, Rule
 from arbs_jax.state import BASE_LEAVES, InitConfig, Matrix, MatrixSpec, init_matrix
-from arbs_kernels.autodiff import MatmulSpec, ternary_gather, ternary_matmul
+from arbs_kernels.autodiff import MatmulSpec, ternary_gather, ternary_matmul, ternary_matmuls
 from arbs_kernels.grouped_autodiff import ternary_grouped_matmul
 from arbs_kernels.table_autodiff import ternary_rows
 
@@ -27,6 +28,9 @@ DENSE = "dense"
 SPECS = "ternary_spec"
 MEMORY = "memory"
 """Bookkeeping that is no weight, integers; not read by the layers here."""
+
+_JOINED = 64
+"""Rows of activations from which on decoded weights are joined: for fewer the copy would cost more than it saves."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,32 @@ class TernaryDense(_TernaryMatrix):
     table: bool = False
     """Whether rows stand for symbols, as in an output head (`MatrixSpec.table`)."""
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """See the class."""
+        return projections(x, self)[0]
+
+    @nn.compact
+    def parts(self, in_features: int) -> tuple[jax.Array | None, Matrix, Matrix | None, MatmulSpec]:
+        """(the weight if it is decoded, else the leaves, the probe if there is one and what else a product needs)."""
+        spec = MatrixSpec(self.features, in_features, self.config.group_size, table=self.table)
+        static = self._matmul_spec(spec)
         if self.has_variable(DENSE, "weight"):
-            return _dense(x, self.get_variable(DENSE, "weight").astype(x.dtype))
-        spec = MatrixSpec(self.features, x.shape[-1], self.config.group_size, table=self.table)
-        leaves, probe = self._matrix(spec)
-        return ternary_matmul(x, leaves, self._matmul_spec(spec), probe)
+            return self.get_variable(DENSE, "weight"), {}, None, static
+        return None, *self._matrix(spec), static
+
+
+def projections(x: jax.Array, *layers: TernaryDense) -> tuple[jax.Array, ...]:
+    """Each layer of one `x (..., K)`, `(..., features)` each, by one product forward and fewer backward.
+
+    Layers must be alike but for their names and features.
+    """
+    weights, leaves, probes, specs = zip(*(layer.parts(x.shape[-1]) for layer in layers), strict=True)
+    if weights[0] is None:
+        return ternary_matmuls(x, leaves, specs[0], probes)
+    if x.size < _JOINED * x.shape[-1]:
+        return tuple(_dense(x, weight.astype(x.dtype)) for weight in weights)
+    ends = list(itertools.accumulate(weight.shape[0] for weight in weights[:-1]))
+    return tuple(jnp.split(_dense(x, jnp.concatenate(weights).astype(x.dtype)), ends, axis=-1))
 
 
 class TernaryEmbed(_TernaryMatrix):

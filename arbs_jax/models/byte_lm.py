@@ -21,6 +21,7 @@ from arbs_jax.layers import (
     TernaryDense,
     TernaryEmbed,
     TernaryRMSNorm,
+    projections,
     written_out,
 )
 from arbs_jax.models.attention import IMPLEMENTATIONS, causal_attention
@@ -98,15 +99,16 @@ class Attention(nn.Module):
         config = self.config
         batch, length = x_BxTxD.shape[:2]
 
-        def heads(name: str, count: int) -> jax.Array:
-            flat = TernaryDense(features=count * config.head_dim, config=self.ternary, name=name)(x_BxTxD)
-            return flat.reshape(batch, length, count, config.head_dim)
-
+        counts = {"q_proj": config.heads, "k_proj": config.kv_heads, "v_proj": config.kv_heads}
+        layers = (
+            TernaryDense(features=count * config.head_dim, config=self.ternary, name=name)
+            for name, count in counts.items()
+        )
+        q, k, v_BxTxKxC = (flat.reshape(batch, length, -1, config.head_dim) for flat in projections(x_BxTxD, *layers))
         positions_T = start + jnp.arange(length)
         angles = rotation(positions_T, config.head_dim, config.rope_theta, x_BxTxD.dtype)
-        q_BxTxHxC = rotate(TernaryRMSNorm()(heads("q_proj", config.heads)), *angles)
-        k_BxTxKxC = rotate(TernaryRMSNorm()(heads("k_proj", config.kv_heads)), *angles)
-        v_BxTxKxC = heads("v_proj", config.kv_heads)
+        q_BxTxHxC = rotate(TernaryRMSNorm()(q), *angles)
+        k_BxTxKxC = rotate(TernaryRMSNorm()(k), *angles)
         if cache is None:
             y_BxTxHxC = causal_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, config.attention)
         else:
@@ -131,8 +133,10 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = TernaryDense(features=self.hidden, config=self.ternary, name="gate_proj")(x)
-        up = TernaryDense(features=self.hidden, config=self.ternary, name="up_proj")(x)
+        layers = (
+            TernaryDense(features=self.hidden, config=self.ternary, name=name) for name in ("gate_proj", "up_proj")
+        )
+        gate, up = projections(x, *layers)
         if self.ternary.float8:  # Backward rounds three arrays that are made of these: in one pass then.
             gate, up = written_out((gate, up))
         return TernaryDense(features=self.features, config=self.ternary, name="down_proj")(nn.silu(gate) * up)

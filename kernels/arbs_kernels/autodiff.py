@@ -11,7 +11,9 @@ integer vote of this backward contribution (as float32, exact below 2^24). Its k
 Only the activations and the integer leaves are saved for backward; the scale and the weight are made again there.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -54,9 +56,14 @@ class MatmulSpec:
     """Whether operands of products, and of the gradient that a rule samples, are rounded to float8 from
     `float8.LEAST_ROWS` rows of activations on (`arbs_kernels.float8`)."""
 
-    def operands(self, leaves: Leaves) -> tuple[jax.Array, jax.Array]:
-        """Trits and group scales, the arguments that stand for a matrix in every operator."""
-        return leaves["trits"], self.law.scale(leaves, self.group_size)
+    def operands(self, *matrices: Leaves) -> tuple[jax.Array, jax.Array]:
+        """Trits and group scales, the arguments that stand for a matrix in every operator; several matrices are one
+        with the rows of all of them."""
+        parts = [(leaves["trits"], self.law.scale(leaves, self.group_size)) for leaves in matrices]
+        if len(parts) == 1:
+            return parts[0]
+        trits, scales = zip(*parts, strict=True)
+        return jnp.concatenate(trits), jnp.concatenate(scales)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -96,7 +103,26 @@ def ternary_matmul(x: jax.Array, leaves: Leaves, spec: MatmulSpec, probe: Probe 
     Returns:
         `(..., N)` in the dtype of `x`.
     """
-    return _matmul(spec, x, dict(leaves), None if probe is None else dict(probe))
+    return ternary_matmuls(x, [leaves], spec, [probe])[0]
+
+
+def ternary_matmuls(
+    x: jax.Array, matrices: Sequence[Leaves], spec: MatmulSpec, probes: Sequence[Probe | None]
+) -> tuple[jax.Array, ...]:
+    """`ternary_matmul` of one `x` with each of several matrices, as one with their rows: one product forward, one for
+    the input's gradient, one for those of the weights.
+
+    Args:
+        x: activations, last axis K.
+        matrices: integer state of each.
+        spec: static description, of all of them.
+        probes: of each; see the module.
+
+    Returns:
+        `(..., N)` of each in the dtype of `x`.
+    """
+    given = tuple(None if probe is None else dict(probe) for probe in probes)
+    return _matmul(spec, x, tuple(dict(leaves) for leaves in matrices), given)
 
 
 def ternary_gather(
@@ -151,28 +177,36 @@ _LARGE = 12 * 2**20
 the compiler joins."""
 
 
-def in_turn(activations: jax.Array, leaves: dict) -> tuple[jax.Array, dict]:
-    """Both as they are, the leaves of a large matrix not before the activations.
+def in_turn(activations: Any, leaves: Any) -> tuple[Any, Any]:
+    """Both as they are, the leaves of a matrix, or of several of which one is large, not before the activations.
 
     What is made of leaves alone, such as the decoded weight, a compiler would make ahead of its turn, for many matrices
     at once, and keep throughout a loop.
     """
-    if TRITS_PER_BYTE * leaves["trits"].size < _LARGE:
+    matrices = (leaves,) if isinstance(leaves, dict) else leaves
+    if TRITS_PER_BYTE * max(matrix["trits"].size for matrix in matrices) < _LARGE:
         return activations, leaves
     return jax.lax.optimization_barrier((activations, leaves))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None) -> jax.Array:
-    x, leaves = in_turn(x, leaves)
+def _matmul(
+    spec: MatmulSpec, x: jax.Array, matrices: tuple[dict, ...], probes: tuple[dict | None, ...]
+) -> tuple[jax.Array, ...]:
+    x, matrices = in_turn(x, matrices)
     rows = x.reshape(-1, spec.in_features)
     if _in_float8(spec, rows):
-        y = float8.product(
-            float8.rounded(rows, float8.OPERAND), _float8_weight(spec, leaves), (1, 1), x.dtype, spec.implementation
-        )
+        short = float8.rounded(rows, float8.OPERAND)
+        weights = (_float8_weight(spec, leaves) for leaves in matrices)
+        parts = [float8.product(short, weight, (1, 1), x.dtype, spec.implementation) for weight in weights]
     else:
-        y = packed_matmul(rows, *spec.operands(leaves), **spec.options)
-    return y.reshape(*x.shape[:-1], -1)
+        parts = jnp.split(packed_matmul(rows, *spec.operands(*matrices), **spec.options), _ends(matrices), axis=1)
+    return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
+
+
+def _ends(matrices: tuple[dict, ...]) -> list[int]:
+    """Where the rows of each but the last end, among those of all."""
+    return list(itertools.accumulate(leaves["trits"].shape[0] for leaves in matrices[:-1]))
 
 
 def _in_float8(spec: MatmulSpec, rows: jax.Array) -> bool:
@@ -183,33 +217,59 @@ def _float8_weight(spec: MatmulSpec, leaves: dict) -> float8.Float8:
     return float8.weight(*spec.operands(leaves), in_features=spec.in_features, **spec.options)
 
 
-def _matmul_forward(spec: MatmulSpec, x: jax.Array, leaves: dict, probe: dict | None):
+def _matmul_forward(
+    spec: MatmulSpec, x: jax.Array, matrices: tuple[dict, ...], probes: tuple[dict | None, ...]
+) -> tuple[tuple[jax.Array, ...], Any]:
     # `x` is kept as it came, not as rows: what several products share is then kept once.
-    return _matmul(spec, x, leaves, probe), (x, leaves, kinds_of(probe))
+    return _matmul(spec, x, matrices, probes), (x, matrices, tuple(map(kinds_of, probes)))
 
 
-def _matmul_backward(spec: MatmulSpec, saved, dy: jax.Array):
-    given, leaves, kinds = saved
-    dy, leaves = in_turn(dy, leaves)
+def _matmul_backward(spec: MatmulSpec, saved: Any, dys: tuple[jax.Array, ...]):
+    given, matrices, kinds = saved
     x = given.reshape(-1, spec.in_features)
-    dy = dy.reshape(x.shape[0], -1).astype(x.dtype)
+    parts, matrices = in_turn([dy.reshape(x.shape[0], -1).astype(x.dtype) for dy in dys], matrices)
+    if _in_float8(spec, x):
+        # Cotangents are rounded where they are made; joined, they would be written before.
+        each = zip(parts, matrices, kinds, strict=True)
+        backward = [_backward_of(spec, x, dy, (leaves,), (kind,)) for dy, leaves, kind in each]
+        votes = tuple(votes for _, (votes,) in backward)
+        dx = functools.reduce(jnp.add, (dx for dx, _ in backward))
+    else:
+        dx, votes = _backward_of(spec, x, jnp.concatenate(parts, axis=1), matrices, kinds)
+    return dx.reshape(given.shape), None, votes
+
+
+def _backward_of(
+    spec: MatmulSpec, x: jax.Array, dy: jax.Array, matrices: tuple[dict, ...], kinds: tuple[Kinds | None, ...]
+) -> tuple[jax.Array, tuple[dict | None, ...]]:
+    """(cotangent of `x` (M, K), votes of each matrix) for cotangents `dy` (M, N) of matrices that are taken as one."""
+    ends = _ends(matrices)
     if _in_float8(spec, x):
         short = float8.rounded(dy, float8.COTANGENT)
+        (leaves,) = matrices
         dx = float8.product(short, _float8_weight(spec, leaves), (1, 0), dy.dtype, spec.implementation)
 
         def dw(dtype: jnp.dtype) -> jax.Array:
             return float8.product(short, float8.rounded(x, float8.OPERAND), (0, 0), dtype, spec.implementation)
     else:
-        dx = packed_matmul_input_gradient(dy, *spec.operands(leaves), in_features=spec.in_features, **spec.options)
+        dx = packed_matmul_input_gradient(dy, *spec.operands(*matrices), in_features=spec.in_features, **spec.options)
 
         def dw(dtype: jnp.dtype) -> jax.Array:
             return weight_gradient(x, dy, dtype)
 
-    def score() -> jax.Array:
-        return correlation_score(x, dy, leaves["trits"], **spec.options)
+    @functools.cache
+    def gradients(dtype: jnp.dtype) -> list[jax.Array]:
+        return jnp.split(dw(dtype), ends)
 
-    votes = _votes(kinds, dy, dw, score)
-    return dx.reshape(given.shape), None, votes
+    @functools.cache
+    def scores() -> list[jax.Array]:
+        return jnp.split(correlation_score(x, dy, spec.operands(*matrices)[0], **spec.options), ends)
+
+    votes = tuple(
+        _votes(kind, part, lambda dtype, at=at: gradients(dtype)[at], lambda at=at: scores()[at])
+        for at, (kind, part) in enumerate(zip(kinds, jnp.split(dy, ends, axis=1), strict=True))
+    )
+    return dx, votes
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
