@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from arbs_jax.errors import ConfigError
 from arbs_jax.rules import Integral, Rule
 from arbs_jax.state import BASE_LEAVES, InitConfig, Matrix, MatrixSpec, init_matrix
-from arbs_kernels.autodiff import MatmulSpec, ternary_gather, ternary_matmul, ternary_matmuls
+from arbs_kernels.autodiff import JOINED_ROWS, MatmulSpec, ternary_gather, ternary_matmul, ternary_matmuls
 from arbs_kernels.grouped_autodiff import ternary_grouped_matmul
 from arbs_kernels.table_autodiff import ternary_rows
 
@@ -28,9 +28,6 @@ DENSE = "dense"
 SPECS = "ternary_spec"
 MEMORY = "memory"
 """Bookkeeping that is no weight, integers; not read by the layers here."""
-
-_JOINED = 64
-"""Rows of activations from which on decoded weights are joined: for fewer the copy would cost more than it saves."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +120,14 @@ class TernaryDense(_TernaryMatrix):
 
 
 def projections(x: jax.Array, *layers: TernaryDense) -> tuple[jax.Array, ...]:
-    """Each layer of one `x (..., K)`, `(..., features)` each, by one product forward and fewer backward.
+    """Each layer of one `x (..., K)`, `(..., features)` each: of many rows by one product, and by fewer backward.
 
-    Layers must be alike but for their names and features.
+    The layers, which are made in the calling module, must be alike but for their names and features.
     """
     weights, leaves, probes, specs = zip(*(layer.parts(x.shape[-1]) for layer in layers), strict=True)
     if weights[0] is None:
         return ternary_matmuls(x, leaves, specs[0], probes)
-    if x.size < _JOINED * x.shape[-1]:
+    if x.size < JOINED_ROWS * x.shape[-1]:
         return tuple(_dense(x, weight.astype(x.dtype)) for weight in weights)
     ends = list(itertools.accumulate(weight.shape[0] for weight in weights[:-1]))
     return tuple(jnp.split(_dense(x, jnp.concatenate(weights).astype(x.dtype)), ends, axis=-1))

@@ -9,7 +9,7 @@ from support import is_float, score_by_hand
 
 from arbs_jax import Integral, TernaryConfig, TernaryDense, TernaryEmbed, TernaryRMSNorm, matrix_specs, value_and_votes
 from arbs_jax.errors import ConfigError
-from arbs_jax.layers import written_out
+from arbs_jax.layers import projections, written_out
 from arbs_jax.state import MatrixSpec
 from arbs_jax.votes import decode_tree
 from arbs_kernels.codec import unpack_rows
@@ -152,6 +152,36 @@ def test_decoded_weights_replace_the_packed(dense, embed):
     table = {"dense": decode_tree(embed["ternary"], matrix_specs(EMBED, IDS), RULE, jnp.float32)}
     np.testing.assert_array_equal(EMBED.apply(table, IDS), EMBED.apply(embed, IDS))
     np.testing.assert_array_equal(EMBED.apply(table, X, method="attend"), EMBED.apply(embed, X, method="attend"))
+
+
+class Several(nn.Module):
+    """Two matrices of one input."""
+
+    together: bool
+
+    @nn.compact
+    def __call__(self, x):
+        layers = [TernaryDense(features=size, config=CONFIG, name=name) for name, size in (("a", 6), ("b", 4))]
+        return projections(x, *layers) if self.together else tuple(layer(x) for layer in layers)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+@pytest.mark.parametrize("decoded", [False, True])
+def test_projections_are_their_layers(rows, decoded):
+    apart, together = Several(together=False), Several(together=True)
+    x = jnp.asarray(np.random.default_rng(rows).integers(-3, 4, (rows, 9)), jnp.float32)
+    variables = together.init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, variables, apart.init(jax.random.key(0), x))
+    if decoded:
+        specs = matrix_specs(together, x)
+        variables = {"dense": decode_tree(variables["ternary"], specs, RULE, jnp.float32)}
+    for got, expected in zip(together.apply(variables, x), apart.apply(variables, x), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+    gradients = [
+        jax.grad(lambda x, model=model: sum(jnp.sum(y**2) for y in model.apply(variables, x)))(x)
+        for model in (together, apart)
+    ]
+    np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-5)
 
 
 def test_rms_norm():

@@ -109,8 +109,8 @@ def ternary_matmul(x: jax.Array, leaves: Leaves, spec: MatmulSpec, probe: Probe 
 def ternary_matmuls(
     x: jax.Array, matrices: Sequence[Leaves], spec: MatmulSpec, probes: Sequence[Probe | None]
 ) -> tuple[jax.Array, ...]:
-    """`ternary_matmul` of one `x` with each of several matrices, as one with their rows: one product forward, one for
-    the input's gradient, one for those of the weights.
+    """`ternary_matmul` of one `x` with each of several matrices. For many rows of `x` they are one matrix, with the
+    rows of all: one product forward, one for the input's gradient, one for those of the weights.
 
     Args:
         x: activations, last axis K.
@@ -172,6 +172,9 @@ def _votes(
     return {name: collected[name] for name in dtypes}
 
 
+JOINED_ROWS = 64
+"""Rows of activations from which on matrices of one input are joined: for fewer the copy costs more than it saves."""
+
 _LARGE = 12 * 2**20
 """Weights from which on a matrix is decoded in its turn; between smaller ones a barrier would keep products apart that
 the compiler joins."""
@@ -199,6 +202,8 @@ def _matmul(
         short = float8.rounded(rows, float8.OPERAND)
         weights = (_float8_weight(spec, leaves) for leaves in matrices)
         parts = [float8.product(short, weight, (1, 1), x.dtype, spec.implementation) for weight in weights]
+    elif rows.shape[0] < JOINED_ROWS:
+        parts = [packed_matmul(rows, *spec.operands(leaves), **spec.options) for leaves in matrices]
     else:
         parts = jnp.split(packed_matmul(rows, *spec.operands(*matrices), **spec.options), _ends(matrices), axis=1)
     return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
@@ -228,14 +233,16 @@ def _matmul_backward(spec: MatmulSpec, saved: Any, dys: tuple[jax.Array, ...]):
     given, matrices, kinds = saved
     x = given.reshape(-1, spec.in_features)
     parts, matrices = in_turn([dy.reshape(x.shape[0], -1).astype(x.dtype) for dy in dys], matrices)
-    if _in_float8(spec, x):
-        # Cotangents are rounded where they are made; joined, they would be written before.
+    if x.shape[0] < JOINED_ROWS or _in_float8(spec, x):
+        # Cotangents are rounded to float8 where they are made; joined, they would be written before.
         each = zip(parts, matrices, kinds, strict=True)
         backward = [_backward_of(spec, x, dy, (leaves,), (kind,)) for dy, leaves, kind in each]
         votes = tuple(votes for _, (votes,) in backward)
         dx = functools.reduce(jnp.add, (dx for dx, _ in backward))
     else:
-        dx, votes = _backward_of(spec, x, jnp.concatenate(parts, axis=1), matrices, kinds)
+        # Written once, by whatever makes the parts: read by two products, each would join them again.
+        dy = jax.lax.optimization_barrier(jnp.concatenate(parts, axis=1))
+        dx, votes = _backward_of(spec, x, dy, matrices, kinds)
     return dx.reshape(given.shape), None, votes
 
 

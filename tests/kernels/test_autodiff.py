@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from support import PowerLaw, assert_trees_equal, is_float, score_by_hand, values_of
 
-from arbs_kernels.autodiff import MatmulSpec, make_probe, ternary_gather, ternary_matmul
+from arbs_kernels.autodiff import (
+    JOINED_ROWS,
+    MatmulSpec,
+    make_probe,
+    ternary_gather,
+    ternary_matmul,
+    ternary_matmuls,
+)
 from arbs_kernels.codec import pack_rows
 
 N, K, G, M = 14, 33, 8, 3
@@ -24,10 +31,10 @@ class Problem:
     weight: np.ndarray
 
 
-def problem(seed):
+def problem(seed, rows=N):
     rng = np.random.default_rng(seed)
-    trits = rng.integers(-1, 2, (N, K)).astype(np.int8)
-    exponent = rng.integers(-2, 2, (N, -(-K // G))).astype(np.int8)
+    trits = rng.integers(-1, 2, (rows, K)).astype(np.int8)
+    exponent = rng.integers(-2, 2, (rows, -(-K // G))).astype(np.int8)
     leaves = {"trits": pack_rows(jnp.asarray(trits)), "exponent": jnp.asarray(exponent)}
     return Problem(leaves, trits, trits * 2.0 ** exponent[:, np.arange(K) // G])
 
@@ -62,6 +69,35 @@ def test_gradients_and_score_equal_numpy(one):
     np.testing.assert_array_equal(votes["score"], score_by_hand(gy.T @ x, one.trits, G))
     assert votes["score"].dtype == jnp.float32
     assert votes["count"] == 1
+
+
+@pytest.mark.parametrize("M", [M, JOINED_ROWS])
+@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize("kinds", [("gradient",) * 3, ("score",) * 3, ("score", None, "gradient")])
+def test_several_matrices_of_one_input_are_as_each_alone(kinds, float8, M):
+    """Small integers and powers of two: sums are exact in any order."""
+    sizes = (14, 3, 8)
+    problems = [problem(seed, rows) for seed, rows in enumerate(sizes)]
+    x, gys = integers(1, M, K), [integers(seed, M, rows) for seed, rows in enumerate(sizes)]
+    probes = [kind and make_probe(kind, rows, K, G) for kind, rows in zip(kinds, sizes, strict=True)]
+    spec = MatmulSpec(K, G, PowerLaw(), float8=float8)
+
+    @jax.jit
+    def pulled(x, probes):
+        run = lambda x, probes: ternary_matmuls(x, [one.leaves for one in problems], spec, probes)  # noqa: E731
+        ys, pull = jax.vjp(run, x, probes)
+        return ys, pull(tuple(map(jnp.asarray, gys)))
+
+    ys, (dx, votes) = pulled(jnp.asarray(x), probes)
+    np.testing.assert_array_equal(dx, sum(gy @ one.weight for gy, one in zip(gys, problems, strict=True)))
+    for y, gy, one, kind, vote in zip(ys, gys, problems, kinds, votes, strict=True):
+        np.testing.assert_array_equal(y, x @ one.weight.T)
+        if kind is None:
+            assert vote is None
+            continue
+        expected = score_by_hand(gy.T @ x, one.trits, G) if kind == "score" else gy.T @ x
+        np.testing.assert_array_equal(vote[kind], expected)
+        assert vote["count"] == 1
 
 
 def test_the_gradient_probe_is_the_weight_gradient(one):
