@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from arbs_jax.errors import ConfigError
-from arbs_jax.layers import COLLECTION, DENSE, PROBES, SPECS, TernaryConfig, TernaryDense, TernaryRMSNorm
+from arbs_jax.layers import COLLECTION, DENSE, PROBES, SPECS, TernaryConfig, TernaryDense, TernaryRMSNorm, projections
 from arbs_jax.models.attention import causal_attention
 from arbs_jax.models.byte_lm import MLP, Cache, rotate, rotation
 from arbs_jax.models.checks import require_dtype, require_positive
@@ -123,9 +123,10 @@ class LatentAttention(nn.Module):
         """`(B, C, H, K)` each."""
         config = self.config
         still = config.head_dim - config.rope_dim
-        still_k = TernaryRMSNorm()(self._heads(self._dense("k_up", config.heads * still)(latent_BxCxL)))
+        layers = self._dense("k_up", config.heads * still), self._dense("v_up", config.heads * config.head_dim)
+        k, v_BxCxHxK = (self._heads(flat) for flat in projections(latent_BxCxL, *layers))
+        still_k = TernaryRMSNorm()(k)
         shared = jnp.broadcast_to(rope_BxCxR[:, :, None], (*still_k.shape[:-1], config.rope_dim))
-        v_BxCxHxK = self._heads(self._dense("v_up", config.heads * config.head_dim)(latent_BxCxL))
         return jnp.concatenate([still_k, shared], axis=-1), v_BxCxHxK
 
     def _dense(self, name: str, features: int) -> TernaryDense:
