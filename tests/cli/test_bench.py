@@ -132,8 +132,8 @@ def test_experts_are_of_grouped_products_only(tmp_path: Path, capsys: pytest.Cap
     assert {name: row["X"] for name, row in rows.items()} == {"grouped_score": 3, "latent_step": 1, "packed_matmul": 1}
     # x, dy, sizes, trits in; one int32 for each of 3 x 20 x 5 groups out.
     assert rows["grouped_score"]["bytes"] == 4 * 17 * (33 + 20) + 4 * 3 + 3 * 20 * 7 + 4 * 3 * 20 * 5
-    # The direction and four words in; five planes in and out.
-    assert rows["latent_step"]["bytes"] == 4 * 20 * 33 + 4 * 4 + 2 * 5 * 20 * 7
+    # The direction and four words in; five planes in and out; three counts of every row out.
+    assert rows["latent_step"]["bytes"] == 4 * 20 * 33 + 4 * 4 + 2 * 5 * 20 * 7 + 4 * 20 * 3
 
 
 def test_an_implementation_that_cannot_run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
