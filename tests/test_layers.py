@@ -165,7 +165,7 @@ class Several(nn.Module):
         return projections(x, *layers) if self.together else tuple(layer(x) for layer in layers)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 100])
+@pytest.mark.parametrize("rows", [1, 100])
 @pytest.mark.parametrize("decoded", [False, True])
 def test_projections_are_their_layers(rows, decoded):
     apart, together = Several(together=False), Several(together=True)
