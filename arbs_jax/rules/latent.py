@@ -81,7 +81,7 @@ class Latent:
     row_votes = ("score", "sample", "rows")
 
     implementation: str | None = None
-    """Of the operator that moves the latents, None for the best that works."""
+    """Of the operators that sample gradients and move latents and momentum, None for the best that works."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.planes <= 5:
@@ -96,7 +96,7 @@ class Latent:
 
     def _momentum(self, spec: MatrixSpec) -> Momentum:
         if self.momentum == "low-rank":
-            return NoMomentum() if spec.sparse else LowRankMomentum(self.rank_divisor)
+            return NoMomentum() if spec.sparse else LowRankMomentum(self.rank_divisor, self.implementation)
         return Int8Momentum() if self.momentum == "int8" else NoMomentum()
 
     def init(self, key: jax.Array, matrix: Matrix, spec: MatrixSpec) -> Matrix:

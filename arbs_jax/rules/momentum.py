@@ -74,8 +74,8 @@ class LowRankMomentum:
     costs at most one bit a weight.
     """
 
-    def __init__(self, divisor: int):
-        self.divisor = divisor
+    def __init__(self, divisor: int, implementation: str | None = None):
+        self.divisor, self.implementation = divisor, implementation
 
     def rank(self, shape: tuple[int, int]) -> int:
         """`r = max(1, min(N, K) // divisor)`."""
@@ -101,7 +101,8 @@ class LowRankMomentum:
         # The fresh momentum, beta left right^T + (1 - beta) u, is never formed: only its products are.
         # Only the directions of `right` matter here; unit columns keep the product well scaled.
         directions = right * jax.lax.rsqrt(jnp.sum(jnp.square(right), axis=0) + 1e-30)
-        basis = orthonormal_columns(beta * (left @ (right.T @ directions)) + (1 - beta) * _product(u, directions))
+        seen = beta * (left @ (right.T @ directions)) + (1 - beta) * _product(u, directions)
+        basis = orthonormal_columns(seen, self.implementation)
         image = beta * (right @ (left.T @ basis)) + (1 - beta) * _product(u.T, basis)
         low_rank = jnp.matmul(left.astype(u.dtype), right.T.astype(u.dtype))
         direction = ((1 - mix) * (1 - beta) + mix) * u + ((1 - mix) * beta) * low_rank

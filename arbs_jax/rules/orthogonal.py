@@ -7,10 +7,11 @@ step to step. Sums and scales are taken of small square matrices, not of the wid
 wide, even the iterations are those of small square matrices.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
+
+from arbs_kernels.gram_newton_schulz import gram_newton_schulz
+from arbs_kernels.gram_newton_schulz.reference import TINY, Coefficients, polynomials
 
 # Quintic coefficients of K. Jordan's Muon: after three, singular values from 0.02 on end between 0.68 and 1.21.
 _FAST = ((3.4445, -4.7750, 2.0315),) * 3
@@ -34,7 +35,6 @@ _LONG = 1.5
 and two with the whole matrix, are fewer operations than on the matrix itself: three and six."""
 _RIDGE = 1e-6
 """The square of the least singular value that the polynomials bring up."""
-_TINY = 1e-30
 
 
 def newton_schulz(x: jax.Array) -> jax.Array:
@@ -46,51 +46,23 @@ def newton_schulz(x: jax.Array) -> jax.Array:
     return iterate(x) * max(x.shape) ** 0.5
 
 
-def orthonormal_columns(x: jax.Array) -> jax.Array:
+def orthonormal_columns(x: jax.Array, implementation: str | None = None) -> jax.Array:
     """Nearly orthonormal columns that span those of a tall float32 `(N, r)`.
 
     Columns are first brought to one length, so that directions of little weight are not lost. Directions that are
-    nearly dependent come out shorter.
+    nearly dependent come out shorter. `implementation` is that of `arbs_kernels.gram_newton_schulz`.
     """
-    gram = _gram(x)
-    unit = jax.lax.rsqrt(jnp.diagonal(gram) + _TINY)
-    gram = gram * (unit[:, None] * unit[None, :])
-    # With a column of length one it is at most one; without, squares have vanished that columns still have.
-    bound = jnp.minimum(_bound(gram), 1)
-    # Rounding may leave eigenvalues below zero, which the polynomials would blow up.
-    ridge = _RIDGE * jnp.eye(x.shape[1], dtype=jnp.float32)
-    half = _product(x, unit[:, None] * (_polynomials(gram * bound + ridge, _EXACT_START, _product) * jnp.sqrt(bound)))
-    return _product(half, _polynomials(_gram(half), _EXACT_END, _product))
 
+    def factor(x: jax.Array, coefficients: Coefficients, ridge: float) -> jax.Array:
+        gram = _product(x.T, x)
+        return gram_newton_schulz(gram, coefficients, ridge=ridge, implementation=implementation)
 
-def _polynomials(
-    gram: jax.Array,
-    coefficients: tuple[tuple[float, float, float], ...],
-    product: Callable[[jax.Array, jax.Array], jax.Array],
-) -> jax.Array:
-    """The square matrix by which iterations `y <- y (a + b G + c G G)`, `G = y^T y`, multiply a `y` with this Gram
-    matrix: everything between is as small as that. What rounding does to small singular values is not seen until the
-    next Gram matrix is taken."""
-    identity = jnp.eye(gram.shape[0], dtype=jnp.float32)
-    total = identity
-    for index, (a, b, c) in enumerate(coefficients):
-        polynomial = a * identity + b * gram
-        if c:
-            polynomial += c * product(gram, gram)
-        total = product(polynomial, total) if index else polynomial
-        if index + 1 < len(coefficients):
-            # It is symmetric, and turned round here: products that share a left operand the compiler would join, which
-            # takes copies of all three.
-            gram = product(product(polynomial.T, gram), polynomial)
-    return total
+    half = _product(x, factor(x, _EXACT_START, _RIDGE))
+    return _product(half, factor(half, _EXACT_END, 0.0))
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def _gram(y: jax.Array) -> jax.Array:
-    return _product(y.T, y)
 
 
 def _bound(gram: jax.Array) -> jax.Array:
@@ -99,7 +71,7 @@ def _bound(gram: jax.Array) -> jax.Array:
     By the trace first, so that squares neither overflow nor vanish. (The root is at least 1 over the number of rows,
     but for a matrix of zeros.)
     """
-    trace = jnp.trace(gram.astype(jnp.float32)) + _TINY
+    trace = jnp.trace(gram.astype(jnp.float32)) + TINY
     norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(gram.astype(jnp.float32) / trace)), 1e-6))
     return 1 / (norm * trace)
 
@@ -112,7 +84,7 @@ def _iterate_on_gram(x: jax.Array) -> jax.Array:
 
     gram = _gram_of_shorter(x)
     bound = _bound(gram)
-    return _times((jnp.sqrt(bound) * _polynomials(bound * gram, _FAST, product)).astype(x.dtype), x)
+    return _times((jnp.sqrt(bound) * polynomials(bound * gram, _FAST, product)).astype(x.dtype), x)
 
 
 def _iterate(x: jax.Array) -> jax.Array:

@@ -20,16 +20,17 @@ from orthogonalisation import JORDAN, flags, train
 
 from arbs_jax.rules import latent, momentum
 from arbs_jax.rules.noise import white
-from arbs_jax.rules.orthogonal import _FAST, _gram, _polynomials, _product, orthonormal_columns
+from arbs_jax.rules.orthogonal import _FAST, _product, orthonormal_columns
+from arbs_kernels.gram_newton_schulz.reference import polynomials
 
 TINY = 1e-30
 
 
 def polar(x: jax.Array) -> jax.Array:
     """Singular values of a tall matrix brought near one on its small Gram matrix, largest kept below it first."""
-    gram = _gram(x)
+    gram = _product(x.T, x)
     bound = 1 / (jnp.linalg.norm(gram) + TINY)
-    return x @ (_polynomials(gram * bound, _FAST, _product) * jnp.sqrt(bound))
+    return x @ (polynomials(gram * bound, _FAST, _product) * jnp.sqrt(bound))
 
 
 def unit(x: jax.Array) -> jax.Array:

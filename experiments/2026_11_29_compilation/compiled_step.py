@@ -1,20 +1,22 @@
 """What a step costs by how it is compiled, each way in a process of its own.
 
-    python compiled_step.py --preset byte-50m --batch 64 --context 256
+    python compiled_step.py --preset byte-50m --batch 64 --context 256 --arms first first-regions qat qat-regions
 
-`first`: `xla_gpu_exclude_nondeterministic_ops`, with which XLA takes the first algorithm of every product; `free`:
-without it; `tuned`: without it and then again with it, when the algorithms that it found are still known; `concurrent`:
-with it, and kernels of a command buffer that do not need each other run side by side. `qat` and `dense` are the
-baselines, compiled as JAX does, `qat-concurrent` and `dense-concurrent` with kernels side by side, `qat-first` with the
-option. Of each: seconds to compile, ms a step (a median), the compiler's own account of temporaries, and whether two
-runs from one state give the same bits. A rule's steps are `latent10`'s.
+An arm is a program and, after dashes, what it is compiled with besides. `first`: a rule's step (`latent10`'s) with
+`xla_gpu_exclude_nondeterministic_ops`, with which XLA takes the first algorithm of every product; `free`: without it;
+`tuned`: without it and then again with it, when the algorithms that it found are still known; `qat` and `dense`: the
+baselines, compiled as JAX does. `WAYS` and `FLAGS` name what may follow. Of each: seconds to compile, ms a step (a
+median, each step waited for, and a mean with one step in flight, as the training loop has it), the compiler's own
+account of temporaries, whether two runs from one state give the same bits, and a checksum of them.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +33,23 @@ from harness import Setting
 from arbs_jax.training.program import Program
 from arbs_jax.training.step import jit_step, make_step
 
-ONLY = {"xla_gpu_exclude_nondeterministic_ops": True}
-BESIDE = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-OPTIONS: dict[str, Any] = {"first": ONLY, "free": None, "tuned": None, "concurrent": ONLY | BESIDE}
+WAYS: dict[str, dict[str, Any]] = {
+    "first": {"xla_gpu_exclude_nondeterministic_ops": True},
+    "concurrent": {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"},
+    "regions": {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT_REGIONS"},
+    "serial": {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"},
+    "pdl": {"xla_gpu_enable_pdl_launch": True},
+    "unrolled": {"xla_gpu_command_buffer_unroll_loops": True},
+    "unfilled": {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True},
+    "free": {},
+}
+"""Options of the compiler."""
+FLAGS = {
+    "pinned": "--xla_gpu_command_buffer_update_mode=SKIP_TEMP",
+    "profiled": "--xla_gpu_command_buffer_update_mode=SKIP_PROFILED",
+    "loops": "--xla_gpu_enable_command_buffer=+WHILE",
+}
+"""Ways that are flags of a process."""
 BASELINES = {"qat": QAT, "dense": ADAMW_BF16}
 
 
@@ -42,20 +58,32 @@ def compiled(arm: str, setting: Setting, products: str) -> tuple[Any, Any]:
     config = setting.config("latent10")
     program = Program(replace(config, train=replace(config.train, products=products)))
     tokens = jax.ShapeDtypeStruct((1, setting.batch, setting.context + 1), jnp.uint8)
-    name, _, how = arm.partition("-")
+    name, *ways = (word for word in arm.split("-") if word not in FLAGS)
+    options = {key: value for way in ways for key, value in WAYS[way].items()}
     if name in BASELINES:
         model, depth = program.model, program.config.model.layers
         init = jax.jit(lambda: BASELINES[name].init(program.specs, depth, jnp.uint32(0), jnp.float32(2e-3)))
         step = jax.jit(BASELINES[name].step(model, setting.steps), donate_argnums=0)
-        options = {"": None, "first": ONLY, "concurrent": BESIDE}[how]
         return step.lower(jax.eval_shape(init), tokens).compile(compiler_options=options), init
 
-    def made(options: Any) -> Any:
-        step = jit_step(make_step(program.sweep, program.config.train.seed), options)
+    def made(own: dict[str, Any]) -> Any:
+        step = jit_step(make_step(program.sweep, program.config.train.seed), own | options)
         return step.lower(program.abstract_state, tokens).compile()
 
-    step = made(OPTIONS[arm])
-    return (made(ONLY) if arm == "tuned" else step), program.init_state
+    step = made({} if name == "tuned" else WAYS[name])
+    return (made(WAYS["first"]) if name == "tuned" else step), program.init_state
+
+
+def in_flight(step: Any, state: Any, batches: list[np.ndarray]) -> float:
+    """Seconds a step when the host runs one step ahead of the device."""
+    pending = None
+    began = time.perf_counter()
+    for tokens in batches:
+        state, metrics = step(state, tokens)
+        jax.block_until_ready(pending)
+        pending = metrics
+    jax.block_until_ready((state, pending))
+    return (time.perf_counter() - began) / len(batches)
 
 
 def one(arm: str, args: argparse.Namespace) -> None:
@@ -74,14 +102,17 @@ def one(arm: str, args: argparse.Namespace) -> None:
             state, _ = jax.block_until_ready(step(state, tokens))
             seconds.append(time.perf_counter() - start)
         ends.append([np.asarray(leaf) for leaf in jax.tree.leaves(state)])
+        ahead = in_flight(step, state, batches)
         del state
     alike = sum(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(*ends, strict=True))
+    checksum = zlib.crc32(b"".join(leaf.tobytes() for leaf in ends[0]))
     algorithms = Counter(re.findall(r'"selected_algorithm":"?(\d+)', step.as_text()))
     print(
-        f"{jax.devices()[0].device_kind}, {args.preset} {args.batch} x {args.context} {args.products}, {arm:>6}: "
+        f"{jax.devices()[0].device_kind}, {args.preset} {args.batch} x {args.context} {args.products}, {arm}: "
         f"compiled in {took:.0f} s, {1e3 * np.median(seconds[3:]):.2f} ms a step, "
+        f"{1e3 * ahead:.2f} with one in flight, "
         f"{step.memory_analysis().temp_size_in_bytes / 1e6:.0f} MB of temporaries, "
-        f"{alike} of {len(ends[0])} leaves alike, algorithms {dict(algorithms)}",
+        f"{alike} of {len(ends[0])} leaves alike, checksum {checksum:08x}, algorithms {dict(algorithms)}",
         flush=True,
     )
 
@@ -101,7 +132,8 @@ def main() -> None:
         one(args.arm, args)
         return
     for arm in args.arms:
-        subprocess.run([sys.executable, *sys.argv, "--arm", arm], check=False)
+        flags = " ".join([os.environ.get("XLA_FLAGS", ""), *(FLAGS[way] for way in arm.split("-") if way in FLAGS)])
+        subprocess.run([sys.executable, *sys.argv, "--arm", arm], check=False, env=os.environ | {"XLA_FLAGS": flags})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from arbs_kernels import triton_launch
 from arbs_kernels.benchmarks import BENCHMARKS, make
 from arbs_kernels.cases import Case
 from arbs_kernels.codec import packed_width
+from arbs_kernels.gram_newton_schulz import gram_newton_schulz
 from arbs_kernels.grouped_matmul import grouped_weight_gradient
 from arbs_kernels.packed_decode import packed_decode
 from arbs_kernels.shapes import group_count
@@ -102,4 +103,14 @@ def test_gradients_by_expert_compile_for(capability: float, made: list[Compiled]
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
     found = jax.eval_shape(partial(grouped_weight_gradient, implementation="triton"), x, dy, sizes)
     assert (found.shape, found.dtype) == ((4, 64, 160), jnp.float32)
+    check(made, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("R", "ridge"), [(8, 1e-6), (64, 1e-6), (40, 0.0)])
+def test_iterations_on_a_gram_matrix_compile_for(R: int, ridge: float, capability: float, made: list[Compiled]):
+    gram = jax.ShapeDtypeStruct((24, R, R), jnp.float32)
+    iterate = partial(gram_newton_schulz, coefficients=((1.5, -0.5, 0.0),) * 4, ridge=ridge, implementation="triton")
+    found = jax.eval_shape(jax.vmap(iterate), gram)
+    assert (found.shape, found.dtype) == ((24, R, R), jnp.float32)
     check(made, capability)
