@@ -1,5 +1,6 @@
 """How programs are compiled: into a cache, so that the second start compiles nothing, and to repeat bit for bit."""
 
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -8,11 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from arbs_kernels.backends import compute_capability
 
 FOUND = "/arbs_jax/executables/found"
 """Event (`jax.monitoring`): a whole program was read back (`arbs_jax.executables`)."""
+
+_FASTER: dict[str, bool | str] = {
+    # XLA's own list, and loops: the GPU goes from layer to layer by itself, where the host would launch every one.
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    # What a loop stacks is not filled with zeros first.
+    "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
+}
+"""experiments/2026_11_29_compilation has what they gain."""
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _MISS = "/jax/compilation_cache/cache_misses"
@@ -31,13 +41,27 @@ def enable_cache(folder: str | None = None) -> Path:
     return path
 
 
-def deterministic_options() -> dict[str, bool] | None:
-    """`compiler_options` of `jax.jit` with which a program that holds cuDNN's attention gives the same bits every time.
+def step_options(cudnn_attention: bool) -> dict[str, bool | str] | None:
+    """`compiler_options` of `jax.jit` for a training step, None where there is no NVIDIA GPU.
 
-    Its gradient adds in any order from some 512 positions on; what else a step does never does, and the options would
-    cost it a tenth of its speed. None where there is no NVIDIA GPU.
+    A step that holds cuDNN's attention is made to give the same bits every time: that gradient adds in any order from
+    some 512 positions on. What else a step does never does, and the option would cost it a tenth of its speed. The
+    options that only make a step faster change no bit, and those that this XLA does not know are left out.
     """
-    return {"xla_gpu_exclude_nondeterministic_ops": True} if compute_capability() else None
+    if not compute_capability():
+        return None
+    faster = {name: value for name, value in _FASTER.items() if _known(name, value)}
+    return faster | ({"xla_gpu_exclude_nondeterministic_ops": True} if cudnn_attention else {})
+
+
+@functools.cache
+def _known(name: str, value: bool | str) -> bool:
+    """Whether XLA compiles with such an option."""
+    try:
+        jax.jit(lambda: jnp.int32(0), compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 @dataclass

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from arbs_jax.compilation import CompileReport, enable_cache, measured
+from arbs_jax import compilation
+from arbs_jax.compilation import CompileReport, enable_cache, measured, step_options
 
 OPTIONS = (
     "jax_compilation_cache_dir",
@@ -70,3 +71,21 @@ def test_one_miss_among_hits_is_no_cached_start():
     assert not CompileReport(hits=3, misses=1).cached
     assert not CompileReport().cached
     assert str(CompileReport(1.25, 0, 2)) == "1.2 s (compiled)"
+
+
+def test_a_step_has_options_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compilation, "compute_capability", lambda: 0.0)
+    assert step_options(cudnn_attention=True) is None
+    monkeypatch.setattr(compilation, "compute_capability", lambda: 9.0)
+    repeats = "xla_gpu_exclude_nondeterministic_ops"
+    assert step_options(cudnn_attention=True) == step_options(cudnn_attention=False) | {repeats: True}
+    # Options are set by name whatever the device, so that this XLA's word is good for a GPU too.
+    assert compilation._FASTER.items() <= step_options(cudnn_attention=False).items()
+    assert "WHILE" in step_options(cudnn_attention=False)["xla_gpu_enable_command_buffer"].split(",")
+
+
+def test_options_that_this_compiler_does_not_know_are_left_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compilation, "compute_capability", lambda: 9.0)
+    unknown = {"xla_gpu_enable_command_buffer": "FUSION,NONSENSE", "xla_gpu_no_such_option": True}
+    monkeypatch.setattr(compilation, "_FASTER", unknown | {"xla_gpu_enable_pdl_launch": False})
+    assert step_options(cudnn_attention=False) == {"xla_gpu_enable_pdl_launch": False}

@@ -40,7 +40,7 @@ def takes_cudnn(implementation: str, q: Array, k: Array, v: Array) -> bool:
     """Whether `causal_attention` of these arrays (or of their shapes and dtypes) goes to cuDNN.
 
     Its gradient then adds in any order unless the program is compiled with
-    `arbs_jax.compilation.deterministic_options`.
+    `arbs_jax.compilation.step_options`.
 
     Raises:
         ConfigError: "cudnn" does not work here; the message says what is missing.

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from arbs_jax.audit import Audit, audit
-from arbs_jax.compilation import deterministic_options
+from arbs_jax.compilation import step_options
 from arbs_jax.config import RunConfig
 from arbs_jax.data import ValidationBatch
 from arbs_jax.errors import ConfigError
@@ -152,7 +152,7 @@ class Program:
     def step(self) -> Any:
         """The jitted, donated training step on tokens uint8 (accum, batch, context + 1); repeats bit for bit."""
         train = self.config.train
-        options = deterministic_options() if self.family.takes_cudnn(train.batch, train.context) else None
+        options = step_options(self.family.takes_cudnn(train.batch, train.context))
         return jit_step(make_step(self.sweep, train.seed), options, self.mesh)
 
     @cached_property

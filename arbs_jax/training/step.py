@@ -78,7 +78,7 @@ def make_step(sweep: Sweep, seed: int) -> StepFunction:
 
 
 def jit_step(
-    step: StepFunction, compiler_options: dict[str, bool] | None = None, mesh: jax.sharding.Mesh | None = None
+    step: StepFunction, compiler_options: dict[str, bool | str] | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> Any:
     """The step compiled once, its state donated so that the update is in place.
 

@@ -2,8 +2,9 @@
 
     python compiled_step.py --preset byte-50m --batch 64 --context 256 --arms first first-regions qat qat-regions
 
-An arm is a program and, after dashes, what it is compiled with besides. `first`: a rule's step (`latent10`'s) with
-`xla_gpu_exclude_nondeterministic_ops`, with which XLA takes the first algorithm of every product; `free`: without it;
+An arm is a program and, after dashes, what it is compiled with besides. `step`: a rule's step (`latent10`'s) as it is
+trained with; `first`: with `xla_gpu_exclude_nondeterministic_ops` alone, with which XLA takes the first algorithm of
+every product; `free`: without it;
 `tuned`: without it and then again with it, when the algorithms that it found are still known; `qat` and `dense`: the
 baselines, compiled as JAX does. `WAYS` and `FLAGS` name what may follow. Of each: seconds to compile, ms a step (a
 median, each step waited for, and a mean with one step in flight, as the training loop has it), the compiler's own
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "2026_11_20_rules"))
 from baselines import ADAMW_BF16, QAT
 from harness import Setting
 
+from arbs_jax.compilation import step_options
 from arbs_jax.training.program import Program
 from arbs_jax.training.step import jit_step, make_step
 
@@ -70,6 +72,8 @@ def compiled(arm: str, setting: Setting, products: str) -> tuple[Any, Any]:
         step = jit_step(make_step(program.sweep, program.config.train.seed), own | options)
         return step.lower(program.abstract_state, tokens).compile()
 
+    if name == "step":
+        return made(step_options(cudnn_attention=True) or {}), program.init_state
     step = made({} if name == "tuned" else WAYS[name])
     return (made(WAYS["first"]) if name == "tuned" else step), program.init_state
 
@@ -125,7 +129,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--products", default="dtype")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--arms", nargs="+", default=["first", "free", "tuned", "qat"])
+    parser.add_argument("--arms", nargs="+", default=["step", "first", "qat"])
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:

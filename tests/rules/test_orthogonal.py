@@ -10,7 +10,8 @@ from arbs_jax.rules.orthogonal import newton_schulz, orthonormal_columns
 NEAR_ONE = 3e-5
 """The basis' singular values end in [0.99999, 1]; and twice the distance from one for squares."""
 
-iterate = jax.jit(newton_schulz)
+# GPUs round the operands of float32 products to tf32 unless asked not to.
+iterate = jax.default_matmul_precision("highest")(jax.jit(newton_schulz))
 orthonormalised = jax.jit(orthonormal_columns)
 
 
