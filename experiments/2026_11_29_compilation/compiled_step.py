@@ -1,13 +1,12 @@
 """What a step costs by how it is compiled, each way in a process of its own.
 
-    python compiled_step.py --preset byte-50m --batch 64 --context 256 --arms first first-regions qat qat-regions
+    python compiled_step.py --preset byte-50m --batch 64 --context 256 --arms step first first-loops qat qat-loops
 
 An arm is a program and, after dashes, what it is compiled with besides. `step`: a rule's step (`latent10`'s) as it is
 trained with; `first`: with `xla_gpu_exclude_nondeterministic_ops` alone, with which XLA takes the first algorithm of
-every product; `free`: without it;
-`tuned`: without it and then again with it, when the algorithms that it found are still known; `qat` and `dense`: the
-baselines, compiled as JAX does. `WAYS` and `FLAGS` name what may follow. Of each: seconds to compile, ms a step (a
-median, each step waited for, and a mean with one step in flight, as the training loop has it), the compiler's own
+every product; `free`: without it; `tuned`: without it and then again with it, when the algorithms that it found are
+still known; `qat` and `dense`: the baselines, compiled as JAX does. `WAYS` and `FLAGS` name what may follow. Of each:
+seconds to compile, ms a step (each waited for, and with one in flight, as the training loop has it), the compiler's own
 account of temporaries, whether two runs from one state give the same bits, and a checksum of them.
 """
 
@@ -30,6 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent / "2026_11_20_rules"))
 from baselines import ADAMW_BF16, QAT
 from harness import Setting
+from step_cost import random_batches, timed
 
 from arbs_jax.compilation import step_options
 from arbs_jax.training.program import Program
@@ -78,42 +78,26 @@ def compiled(arm: str, setting: Setting, products: str) -> tuple[Any, Any]:
     return (made(WAYS["first"]) if name == "tuned" else step), program.init_state
 
 
-def in_flight(step: Any, state: Any, batches: list[np.ndarray]) -> float:
-    """Seconds a step when the host runs one step ahead of the device."""
-    pending = None
-    began = time.perf_counter()
-    for tokens in batches:
-        state, metrics = step(state, tokens)
-        jax.block_until_ready(pending)
-        pending = metrics
-    jax.block_until_ready((state, pending))
-    return (time.perf_counter() - began) / len(batches)
-
-
 def one(arm: str, args: argparse.Namespace) -> None:
     """Compiles, runs, prints a line."""
     setting = Setting(args.preset, 1000, args.batch, args.context, dtype="bfloat16", remat=True)
     began = time.perf_counter()
     step, init = compiled(arm, setting, args.products)
     took = time.perf_counter() - began
-    rng = np.random.default_rng(0)
-    batches = [rng.integers(0, 256, (1, args.batch, args.context + 1)).astype(np.uint8) for _ in range(args.steps + 3)]
+    batches = random_batches(args.steps, args.batch, args.context)
     ends = []
     for _ in range(2):
-        state, seconds = init(), []
-        for tokens in batches:
-            start = time.perf_counter()
-            state, _ = jax.block_until_ready(step(state, tokens))
-            seconds.append(time.perf_counter() - start)
+        state, _ = timed(step, init(), batches, ahead=False)
         ends.append([np.asarray(leaf) for leaf in jax.tree.leaves(state)])
-        ahead = in_flight(step, state, batches)
+        state, waited = timed(step, state, batches, ahead=False)
+        state, ahead = timed(step, state, batches, ahead=True)
         del state
     alike = sum(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(*ends, strict=True))
     checksum = zlib.crc32(b"".join(leaf.tobytes() for leaf in ends[0]))
     algorithms = Counter(re.findall(r'"selected_algorithm":"?(\d+)', step.as_text()))
     print(
         f"{jax.devices()[0].device_kind}, {args.preset} {args.batch} x {args.context} {args.products}, {arm}: "
-        f"compiled in {took:.0f} s, {1e3 * np.median(seconds[3:]):.2f} ms a step, "
+        f"compiled in {took:.0f} s, {1e3 * waited:.2f} ms a step, "
         f"{1e3 * ahead:.2f} with one in flight, "
         f"{step.memory_analysis().temp_size_in_bytes / 1e6:.0f} MB of temporaries, "
         f"{alike} of {len(ends[0])} leaves alike, checksum {checksum:08x}, algorithms {dict(algorithms)}",
