@@ -41,17 +41,20 @@ def enable_cache(folder: str | None = None) -> Path:
     return path
 
 
-def step_options(cudnn_attention: bool) -> dict[str, bool | str] | None:
+def step_options(cudnn_attention: bool, in_one_graph: bool) -> dict[str, bool | str] | None:
     """`compiler_options` of `jax.jit` for a training step, None where there is no NVIDIA GPU.
 
     A step that holds cuDNN's attention is made to give the same bits every time: that gradient adds in any order from
-    some 512 positions on. What else a step does never does, and the option would cost it a tenth of its speed. The
-    options that only make a step faster change no bit, and those that this XLA does not know are left out.
+    some 512 positions on. What else a step does never does, and the option would cost it a tenth of its speed.
+
+    A step `in_one_graph` is faster by options that change no bit of what it computes; those that this XLA does not know
+    are left out.
     """
     if not compute_capability():
         return None
-    faster = {name: value for name, value in _FASTER.items() if _known(name, value)}
-    return faster | ({"xla_gpu_exclude_nondeterministic_ops": True} if cudnn_attention else {})
+    repeatable = {"xla_gpu_exclude_nondeterministic_ops": True} if cudnn_attention else {}
+    faster = {name: value for name, value in _FASTER.items() if _known(name, value)} if in_one_graph else {}
+    return repeatable | faster
 
 
 @functools.cache

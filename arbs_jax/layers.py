@@ -261,6 +261,34 @@ class TernaryRMSNorm(nn.Module):
         return (x32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
 
 
+def silu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`silu(gate) * up` of two halves of one product (`projections`), `(..., features)` each.
+
+    Backward reads that product again, whole, and writes its cotangent at once. Left to itself XLA writes a copy of `up`
+    beside the hidden activations, to be read there.
+    """
+    features = gate.shape[-1]
+    halves = [half.reshape(-1, features) for half in (gate, up)]
+    return _silu_gated(jnp.concatenate(halves, axis=-1)).reshape(gate.shape)
+
+
+@jax.custom_vjp
+def _silu_gated(joined: jax.Array) -> jax.Array:
+    gate, up = jnp.split(joined, 2, axis=-1)
+    return nn.silu(gate) * up
+
+
+def _silu_gated_back(joined: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    # Another array to the compiler than the one that forward reads.
+    gate, up = jnp.split(jax.lax.optimization_barrier(joined), 2, axis=-1)
+    share = nn.sigmoid(gate)
+    silu = gate * share
+    return (jnp.concatenate([cotangent * up * (share + silu * (1 - share)), cotangent * silu], axis=-1),)
+
+
+_silu_gated.defvjp(lambda joined: (_silu_gated(joined), joined), _silu_gated_back)
+
+
 @jax.custom_vjp
 def written_out(values: Any) -> Any:
     """A pytree as it is, which whatever reads it finds in memory; cotangents pass freely.

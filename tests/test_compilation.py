@@ -75,17 +75,19 @@ def test_one_miss_among_hits_is_no_cached_start():
 
 def test_a_step_has_options_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compilation, "compute_capability", lambda: 0.0)
-    assert step_options(cudnn_attention=True) is None
+    assert step_options(cudnn_attention=True, in_one_graph=True) is None
     monkeypatch.setattr(compilation, "compute_capability", lambda: 9.0)
-    repeats = "xla_gpu_exclude_nondeterministic_ops"
-    assert step_options(cudnn_attention=True) == step_options(cudnn_attention=False) | {repeats: True}
+    repeatable = {"xla_gpu_exclude_nondeterministic_ops": True}
+    assert step_options(cudnn_attention=True, in_one_graph=False) == repeatable
     # Options are set by name whatever the device, so that this XLA's word is good for a GPU too.
-    assert compilation._FASTER.items() <= step_options(cudnn_attention=False).items()
-    assert "WHILE" in step_options(cudnn_attention=False)["xla_gpu_enable_command_buffer"].split(",")
+    faster = step_options(cudnn_attention=False, in_one_graph=True)
+    assert faster == compilation._FASTER
+    assert "WHILE" in faster["xla_gpu_enable_command_buffer"].split(",")
+    assert step_options(cudnn_attention=True, in_one_graph=True) == repeatable | faster
 
 
 def test_options_that_this_compiler_does_not_know_are_left_out(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compilation, "compute_capability", lambda: 9.0)
     unknown = {"xla_gpu_enable_command_buffer": "FUSION,NONSENSE", "xla_gpu_no_such_option": True}
     monkeypatch.setattr(compilation, "_FASTER", unknown | {"xla_gpu_enable_pdl_launch": False})
-    assert step_options(cudnn_attention=False) == {"xla_gpu_enable_pdl_launch": False}
+    assert step_options(cudnn_attention=False, in_one_graph=True) == {"xla_gpu_enable_pdl_launch": False}

@@ -9,7 +9,7 @@ from support import is_float, score_by_hand
 
 from arbs_jax import Integral, TernaryConfig, TernaryDense, TernaryEmbed, TernaryRMSNorm, matrix_specs, value_and_votes
 from arbs_jax.errors import ConfigError
-from arbs_jax.layers import projections, written_out
+from arbs_jax.layers import projections, silu_gated, written_out
 from arbs_jax.state import MatrixSpec
 from arbs_jax.votes import decode_tree
 from arbs_kernels.codec import unpack_rows
@@ -220,3 +220,22 @@ def test_an_unknown_implementation_is_an_error():
     config = TernaryConfig(implementation="abacus")
     with pytest.raises(ValueError, match="no implementation 'abacus'"):
         TernaryDense(features=3, config=config).init(jax.random.key(0), X)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (2, 3, 4), (7,)], ids=str)
+def test_a_gated_activation_and_its_gradient_are_those_of_the_formula(shape):
+    gate, up, cotangent = np.random.default_rng(4).standard_normal((3, *shape))
+    y, back = jax.vjp(silu_gated, jnp.asarray(gate, jnp.float32), jnp.asarray(up, jnp.float32))
+    sigmoid = 1 / (1 + np.exp(-gate))
+    np.testing.assert_allclose(y, gate * sigmoid * up, rtol=1e-5)
+    of_gate, of_up = back(jnp.asarray(cotangent, jnp.float32))
+    np.testing.assert_allclose(of_gate, cotangent * up * sigmoid * (1 + gate * (1 - sigmoid)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(of_up, cotangent * gate * sigmoid, rtol=1e-5)
+
+
+def test_a_gated_activation_keeps_the_product_it_is_made_of_and_nothing_else():
+    def hidden(joined):
+        return silu_gated(*jnp.split(joined, 2, axis=-1))
+
+    kept = jax.eval_shape(lambda joined: jax.vjp(hidden, joined)[1], jnp.zeros((6, 8)))
+    assert [leaf.shape for leaf in jax.tree.leaves(kept) if leaf.size] == [(6, 8)]

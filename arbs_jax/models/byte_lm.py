@@ -22,6 +22,7 @@ from arbs_jax.layers import (
     TernaryEmbed,
     TernaryRMSNorm,
     projections,
+    silu_gated,
     written_out,
 )
 from arbs_jax.models.attention import IMPLEMENTATIONS, causal_attention
@@ -139,7 +140,10 @@ class MLP(nn.Module):
         gate, up = projections(x, *layers)
         if self.ternary.float8:  # Backward rounds three arrays that are made of these: in one pass then.
             gate, up = written_out((gate, up))
-        return TernaryDense(features=self.features, config=self.ternary, name="down_proj")(nn.silu(gate) * up)
+            hidden = nn.silu(gate) * up
+        else:
+            hidden = silu_gated(gate, up)
+        return TernaryDense(features=self.features, config=self.ternary, name="down_proj")(hidden)
 
 
 class Block(nn.Module):

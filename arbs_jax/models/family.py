@@ -77,6 +77,12 @@ class Family(Protocol):
         """Whether attention goes to cuDNN here (`arbs_jax.models.attention`)."""
         ...
 
+    @property
+    def in_one_graph(self) -> bool:
+        """Whether a GPU takes the loops of a step into its graph of kernels (`arbs_jax.compilation.step_options`), as
+        was measured to gain."""
+        ...
+
 
 @dataclass(frozen=True)
 class ByteFamily:
@@ -85,6 +91,7 @@ class ByteFamily:
     config: ModelConfig
     ternary: TernaryConfig
     stacks = ("blocks",)
+    in_one_graph = True
 
     @property
     def parts(self) -> Mapping[str, str]:
@@ -134,6 +141,7 @@ class ArbFamily:
 
     config: ArbConfig
     ternary: TernaryConfig
+    in_one_graph = False
 
     @property
     def parts(self) -> Mapping[str, str]:

@@ -152,7 +152,7 @@ class Program:
     def step(self) -> Any:
         """The jitted, donated training step on tokens uint8 (accum, batch, context + 1); repeats bit for bit."""
         train = self.config.train
-        options = step_options(self.family.takes_cudnn(train.batch, train.context))
+        options = step_options(self.family.takes_cudnn(train.batch, train.context), self.family.in_one_graph)
         return jit_step(make_step(self.sweep, train.seed), options, self.mesh)
 
     @cached_property

@@ -73,7 +73,7 @@ def compiled(arm: str, setting: Setting, products: str) -> tuple[Any, Any]:
         return step.lower(program.abstract_state, tokens).compile()
 
     if name == "step":
-        return made(step_options(cudnn_attention=True) or {}), program.init_state
+        return made(step_options(cudnn_attention=True, in_one_graph=True) or {}), program.init_state
     step = made({} if name == "tuned" else WAYS[name])
     return (made(WAYS["first"]) if name == "tuned" else step), program.init_state
 
