@@ -123,6 +123,7 @@ def test_refuses_before_anything_is_timed(
         assert part in err
 
 
+@pytest.mark.slow
 def test_experts_are_of_grouped_products_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "bench.json"
     words = ("--shapes", "17x20x33g8e3", "--ops", "grouped_score", "latent_step", "packed_matmul", "--dtype", "float32")

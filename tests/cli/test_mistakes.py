@@ -271,6 +271,7 @@ def test_going_on_with_another_rate_and_more_steps(finished: Path, tmp_path: Pat
     assert tags(run)["final"] == STEPS + 5
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_earlier_checkpoint(
     reference: Callable[..., Reference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):

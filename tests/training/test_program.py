@@ -90,6 +90,7 @@ def test_the_compiled_step_takes_the_fresh_state_and_donates_it(program: Program
     assert_trees_equal(same, after)
 
 
+@pytest.mark.slow
 def test_float8_products_are_of_training_alone():
     """The loss of a step differs by what rounding does; that of validation does not know of it."""
     rng = np.random.default_rng(2)
