@@ -10,7 +10,7 @@ wide, even the iterations are those of small square matrices.
 import jax
 import jax.numpy as jnp
 
-from arbs_kernels.gram_newton_schulz import gram_newton_schulz
+from arbs_kernels.gram_newton_schulz import MOST_TRITON, gram_newton_schulz
 from arbs_kernels.gram_newton_schulz.reference import TINY, Coefficients, polynomials
 
 # Quintic coefficients of K. Jordan's Muon: after three, singular values from 0.02 on end between 0.68 and 1.21.
@@ -50,8 +50,10 @@ def orthonormal_columns(x: jax.Array, implementation: str | None = None) -> jax.
     """Nearly orthonormal columns that span those of a tall float32 `(N, r)`.
 
     Columns are first brought to one length, so that directions of little weight are not lost. Directions that are
-    nearly dependent come out shorter. `implementation` is that of `arbs_kernels.gram_newton_schulz`.
+    nearly dependent come out shorter. `implementation` is that of `arbs_kernels.gram_newton_schulz`, up to the columns
+    that a kernel takes; more are products for XLA, as all others here are.
     """
+    implementation = implementation if x.shape[1] <= MOST_TRITON else None
 
     def factor(x: jax.Array, coefficients: Coefficients, ridge: float) -> jax.Array:
         gram = _product(x.T, x)

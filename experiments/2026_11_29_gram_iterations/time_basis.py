@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arbs_jax.rules.orthogonal import _EXACT_START, _RIDGE, orthonormal_columns
-from arbs_kernels.gram_newton_schulz import gram_newton_schulz
-from arbs_kernels.gram_newton_schulz.api import MOST_TRITON
+from arbs_kernels.gram_newton_schulz import MOST_TRITON, gram_newton_schulz
 from arbs_kernels.timing import seconds_per_call
 
 STACKS = [(24, 1728, 40), (24, 640, 40), (24, 640, 8), (1, 288, 18), (24, 640, 64), (11, 2048, 128)]

@@ -69,6 +69,11 @@ class GramNewtonSchulz:
             atol = 3.4445**3 * 4 * R * condition**2 * RIDGE + 1e-4
             np.testing.assert_allclose(x @ factor, iterated(scaled(x), QUINTICS), atol=atol)
 
+    def test_wide_defaults_widen_nothing(self):
+        with jax.enable_x64(True):
+            run = partial(gram_newton_schulz, coefficients=TO_ONE, ridge=RIDGE, implementation=self.implementation)
+            assert jax.jit(run)(jnp.eye(4, dtype=jnp.float32)).dtype == jnp.float32
+
     def test_the_ridge_is_added_to_the_diagonal(self):
         gram = np.diag([4.0, 0.0])
         np.testing.assert_allclose(self.run(gram, ((0.0, 1.0, 0.0),), 0.25)[0, 0], (1 + 0.25) / 2, rtol=1e-6)

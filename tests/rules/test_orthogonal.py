@@ -1,11 +1,14 @@
 """Newton-Schulz against the singular value decomposition."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from arbs_jax.rules.orthogonal import newton_schulz, orthonormal_columns
+from arbs_kernels.gram_newton_schulz import MOST_TRITON
 
 NEAR_ONE = 3e-5
 """The basis' singular values end in [0.99999, 1]; and twice the distance from one for squares."""
@@ -124,3 +127,9 @@ def test_fewer_directions_than_columns_do_no_harm():
     np.testing.assert_allclose(values[:2], 1, atol=NEAR_ONE)
     assert outside(x, q, 2) < 1e-3
     assert values.max() < 1.1
+
+
+def test_more_columns_than_a_kernel_takes_are_left_to_the_compiler_whatever_is_named():
+    x = jnp.asarray(np.random.default_rng(7).standard_normal((300, MOST_TRITON + 1)), jnp.float32)
+    q = np.asarray(jax.jit(partial(orthonormal_columns, implementation="triton"))(x), np.float64)
+    np.testing.assert_allclose(q.T @ q, np.eye(MOST_TRITON + 1), atol=NEAR_ONE)

@@ -18,7 +18,8 @@ def iterate(gram: jax.Array, *, coefficients: Coefficients, ridge: float) -> jax
     gram = gram * (unit[:, None] * unit[None, :])
     # With a column of length one it is at most one; without, squares have vanished that columns still have.
     bound = jnp.minimum(1 / (jnp.sqrt(jnp.sum(jnp.square(gram))) + TINY), 1)
-    total = polynomials(gram * bound + ridge * jnp.eye(gram.shape[0]), coefficients, _product)
+    lifted = gram * bound + ridge * jnp.eye(gram.shape[0], dtype=jnp.float32)
+    total = polynomials(lifted, coefficients, _product)
     return unit[:, None] * (total * jnp.sqrt(bound))
 
 
