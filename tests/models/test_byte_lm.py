@@ -1,5 +1,6 @@
 """The byte model: causal, the same with a cache, tied or not, decoded or packed, rematerialised or not."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 
@@ -22,6 +23,13 @@ LENGTH = 9
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH)).astype(np.int32)
 # Float sums of equal terms in another order: a few dozen operations deep, values of order one.
 RELATIVE = 200 * 2.0**-24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def full_precision() -> Iterator[None]:
+    """GPUs round the operands of float32 products to tf32 unless asked not to."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 class Built:
