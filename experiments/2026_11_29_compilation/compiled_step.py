@@ -39,7 +39,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "first": {"xla_gpu_exclude_nondeterministic_ops": True},
     "concurrent": {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"},
     "regions": {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT_REGIONS"},
-    "serial": {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"},
     "pdl": {"xla_gpu_enable_pdl_launch": True},
     "unrolled": {"xla_gpu_command_buffer_unroll_loops": True},
     "unfilled": {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True},
@@ -47,7 +46,6 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 """Options of the compiler."""
 FLAGS = {
-    "pinned": "--xla_gpu_command_buffer_update_mode=SKIP_TEMP",
     "profiled": "--xla_gpu_command_buffer_update_mode=SKIP_PROFILED",
     "loops": "--xla_gpu_enable_command_buffer=+WHILE",
 }

@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import linen as nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "2026_11_20_rules"))
 from harness import Setting
-from step_cost import arms, compiled, random_batches, timed
+from step_cost import arms, by_turns, compiled, random_batches
 
 from arbs_jax.models import byte_lm
 
@@ -40,15 +39,10 @@ def main() -> None:
     steps = compiled(made)
     states = {arm: init() for arm, (_, init) in made.items()}
     batches = random_batches(args.steps, args.batch, args.context)
-    seconds: dict[tuple[str, ...], list[float]] = {arm: [] for arm in made}
-    for turn in range(-1, args.turns):
-        for arm, step in steps.items():
-            states[arm], took = timed(step, states[arm], batches, ahead=True)
-            if turn >= 0:
-                seconds[arm].append(took)
+    seconds = by_turns(steps, states, batches, args.turns, ahead=True)
     for arm, step in steps.items():
         temporaries = step.memory_analysis().temp_size_in_bytes / 1e6
-        took = 1e3 * np.median(seconds[arm])
+        took = 1e3 * seconds[arm]
         shape = f"{jax.devices()[0].device_kind}, {args.preset} {args.batch} x {args.context}"
         print(f"{shape}, {arm[1]}, {arm[0]}: {took:.2f} ms, {temporaries:.0f} MB of temporaries", flush=True)
 

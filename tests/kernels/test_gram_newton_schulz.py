@@ -91,9 +91,7 @@ class GramNewtonSchulz:
     def test_mapped_matrices_are_iterated_as_they_would_be_alone(self, R):
         stack = jnp.asarray([columns(R, 10, seed) for seed in range(6)], jnp.float32)
         stack = jnp.einsum("bnr,bns->brs", stack, stack, precision="highest").reshape(2, 3, R, R)
-        one = partial(
-            gram_newton_schulz, coefficients=QUINTICS, ridge=RIDGE, implementation=self.implementation
-        )  # fmt: skip
+        one = partial(gram_newton_schulz, coefficients=QUINTICS, ridge=RIDGE, implementation=self.implementation)
         together = jax.jit(jax.vmap(jax.vmap(one)))(stack)
         for i in range(2):
             for j in range(3):
