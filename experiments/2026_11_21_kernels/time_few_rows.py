@@ -1,7 +1,7 @@
 """Where the time of the fused product of few rows goes: right first, then each tile whole, then the parts of one call.
 
     python experiments/2026_11_21_kernels/time_few_rows.py [--rows 1 16 64] [--sizes 10240 8192 4096] [--no-checks]
-        [--own-tiles] [--mosaic] [--calls 20]
+        [--own-tiles] [--mosaic] [--calls 60]
 
 One line each, as soon as it is known, each time beside the dense product of the same run; a failure is a line too.
 """
@@ -99,7 +99,7 @@ def checked(M: int, N: int, K: int, group_size: int, tile: triton.Tile | str | N
 
 
 def seconds(
-    function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, ...]], calls: int = 20
+    function: Callable[..., jax.Array], sets: Sequence[tuple[jax.Array, ...]], calls: int = 60
 ) -> tuple[float, float]:
     """Of one call, `calls` of them on rotating inputs in one program, one after another: by the clock, a median, and of
     its kernels alone, by a profile; without a launch, which may cost more than the kernel."""
@@ -137,17 +137,17 @@ def timed(
     what: str,
     function: Callable[..., jax.Array],
     sets: Sequence[tuple[jax.Array, ...]],
-    dense: float | None = None,
-    calls: int = 20,
-) -> float | None:
-    """A line in microseconds, by the clock and of kernels alone, and how often each goes into `dense`, by the clock;
-    the seconds by the clock."""
+    dense: tuple[float, float] | None = None,
+    calls: int = 60,
+) -> tuple[float, float] | None:
+    """A line in microseconds, by the clock and of kernels alone, and how often each goes into that of `dense`; both in
+    seconds."""
     took = []
 
     def text() -> str:
         wall, kernels = seconds(function, sets, calls)
-        took.append(wall)
-        ratios = f"  {dense / wall:5.2f}x {dense / max(kernels, 1e-9):5.2f}x" if dense else ""
+        took.append((wall, kernels))
+        ratios = f"  {dense[0] / wall:5.2f}x {dense[1] / kernels:5.2f}x" if dense and kernels else ""
         return f"{wall * 1e6:8.1f} us, kernels {kernels * 1e6:8.1f} us{ratios}"
 
     line(what, text)
@@ -157,6 +157,11 @@ def timed(
 def prepared(trits: np.ndarray, scale: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """A matrix on the device, its scales as the kernel reads them."""
     return jnp.asarray(trits), columns_of(jnp.asarray(scale))
+
+
+def _copies(size: int) -> int:
+    """Of an array of so many bytes, to find none of it in the cache."""
+    return max(2, -(-(2**28) // size))
 
 
 def parts(N: int, M: int, tile: triton.Tile, matrices: Sequence[tuple[jax.Array, jax.Array]]) -> None:
@@ -183,7 +188,7 @@ def main() -> None:
     parser.add_argument("--no-checks", action="store_true")
     parser.add_argument("--mosaic", action="store_true", help="the Mosaic kernel beside Triton's")
     parser.add_argument("--own-tiles", action="store_true", help="only the tiles that the library chooses")
-    parser.add_argument("--calls", type=int, default=20, help="of a program")
+    parser.add_argument("--calls", type=int, default=60, help="of a program")
     flags = parser.parse_args()
     print(jax.devices()[0].device_kind, jax.__version__, flush=True)
     for case in [] if flags.no_checks else MOSAIC_CHECKED if flags.mosaic else CHECKED:
@@ -191,18 +196,21 @@ def main() -> None:
     tiny = [(jnp.asarray(normal(1, 1, 80)), *prepared(*matrix(1, 16, 80)))]
     timed("a product of nothing much: what a launch costs", partial(triton.fused_by_columns, group_size=G), tiny)
     for N in flags.sizes:
-        matrices = [prepared(*matrix(seed, N, N)) for seed in range(4)]
-        weights = [jax.random.normal(jax.random.key(seed), (N, N), jnp.bfloat16) for seed in range(2)]
+        # Together they are several times what the largest cache holds.
+        matrices = [prepared(*matrix(seed, N, N)) for seed in range(_copies(N * N // 4))]
+        weights = [jax.random.normal(jax.random.key(seed), (N, N), jnp.bfloat16) for seed in range(_copies(2 * N * N))]
         for M in flags.rows:
             x = jax.device_put(normal(M, M, N))
             dense = timed(
                 f"{N}: M={M} jnp.dot", lambda x, w: jnp.dot(x, w.T), [(x, w) for w in weights], None, flags.calls
             )
-            chosen = [triton.tile_of(M, N, packed_width(N))]
-            tiles = chosen if flags.own_tiles else TILES.get((M, N), chosen)
-            for tile in tiles:
-                cut = ", ".join(
-                    f"{name}={value}" for name, value in vars(tile).items() if value != getattr(Tile, name, 0)
+            for tile in [None, *([] if flags.own_tiles else TILES.get((M, N), []))]:
+                cut = (
+                    ", ".join(
+                        f"{name}={value}" for name, value in vars(tile).items() if value != getattr(Tile, name, 0)
+                    )
+                    if tile
+                    else "Triton"
                 )
                 run = partial(triton.fused_by_columns, group_size=G, tile=tile)
                 timed(f"{N}: M={M} {cut}", run, [(x, *both) for both in matrices], dense, flags.calls)
@@ -210,7 +218,7 @@ def main() -> None:
                 run = partial(mosaic_gpu.few_rows_by_columns, group_size=G)
                 timed(f"{N}: M={M} Mosaic", run, [(x, *both) for both in matrices], dense, flags.calls)
             if M > 1 and flags.sizes[0] == N:
-                parts(N, M, tiles[0], matrices)
+                parts(N, M, triton.tile_of(M, N, packed_width(N)), matrices)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,11 @@ SHARED_KIB = {8.0: 163, 8.6: 99, 9.0: 227}
 """Shared memory that a program may have, by compute capability; that of Ada, 8.9, is as that of 8.6."""
 WORK = {
     "packed_decode": (Case(1, 64, 1280, 32, "chunks"), Case(1, 33, 70, 32, "elements")),
-    "packed_matmul": (Case(1, 640, 1280, 32, "one row"), Case(40, 130, 1003, 32, "rows that begin anywhere")),
+    "packed_matmul": (
+        Case(1, 640, 1280, 32, "one row"),
+        Case(2, 640, 1280, 32, "two rows"),
+        Case(40, 130, 1003, 32, "rows that begin anywhere"),
+    ),
     "packed_matmul_input_gradient": (Case(128, 64, 1280, 32, "through the weight"),),
     "correlation_score": (Case(512, 256, 1280, 32, "large tiles"),),
     "packed_row_gather": (Case(9, 40, 96, 12, "rows"),),

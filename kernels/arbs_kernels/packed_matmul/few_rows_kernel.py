@@ -266,7 +266,7 @@ def few_rows(
             pairs = ()
             for word in tl.static_range(chunk, chunk + CHUNK):
                 for row in tl.static_range(ROWS):
-                    pairs = pairs + (five_planes(words[WORDS * row + word]),)
+                    pairs = pairs + (five_planes(words[WORDS * row + word], False),)
             for plane in tl.static_range(5):
                 x = ()
                 for eight in tl.static_range(BLOCKS_OF_8):

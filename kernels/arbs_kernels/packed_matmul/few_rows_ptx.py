@@ -10,7 +10,7 @@ issued before those after it.
 import triton
 import triton.language as tl
 
-from arbs_kernels.packed_matmul.five_planes import FIVE_PLANES
+from arbs_kernels.packed_matmul.five_planes import FIVE_PLANES, FIVE_PLANES_BY_DIFFERENCES
 
 FAR = tl.constexpr(2**30)
 """A place before no limit, and a limit after all other places."""
@@ -18,6 +18,7 @@ NO_TRITS = tl.constexpr(0x80808080)
 """Four codes of five zeros."""
 
 _FIVE_PLANES = tl.constexpr(FIVE_PLANES)
+_BY_DIFFERENCES = tl.constexpr(FIVE_PLANES_BY_DIFFERENCES)
 # Products are fused multiply-adds with -0, which every GPU since Ampere has.
 _SCALED = tl.constexpr("{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }")
 # All bits from $1 on: none from 32 on, all from 0 on and before.
@@ -42,6 +43,10 @@ _SHIFTED = tl.constexpr("shf.r.wrap.b32 $0, $1, $2, $3;")
 _PRODUCT = tl.constexpr(
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9},"
     " {$10, $11, $12, $13};"
+)
+_QUAD_SUM = tl.constexpr(
+    "{ .reg .f32 v; shfl.sync.bfly.b32 v, $1, 1, 31, 0xFFFFFFFF; add.f32 $0, $1, v;"
+    " shfl.sync.bfly.b32 v, $0, 2, 31, 0xFFFFFFFF; add.f32 $0, $0, v; }"
 )
 _FENCE = tl.constexpr("bar.warp.sync 0xFFFFFFFF; mov.b32 $0, $1;")
 
@@ -103,10 +108,10 @@ def fence(lane):
 
 
 @triton.jit
-def five_planes(word):
+def five_planes(word, DIFFERENCES: tl.constexpr):
     """Two times the trits of four codes in a uint32: ten pairs of bfloat16, two for each plane."""
     return tl.inline_asm_elementwise(
-        _FIVE_PLANES,
+        _BY_DIFFERENCES if DIFFERENCES else _FIVE_PLANES,
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
         [word],
         (tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32),
@@ -186,3 +191,9 @@ def choice_of(left):
 def shifted(low, high, bits):
     """The uint32 that begins `bits` after the beginning of `low`."""
     return tl.inline_asm_elementwise(_SHIFTED, "=r,r,r,r", [low, high, bits], tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit
+def quad_sum(value):
+    """The sum of a float32 of four neighbouring threads, in all of them."""
+    return tl.inline_asm_elementwise(_QUAD_SUM, "=&f,f", [value], tl.float32, is_pure=False, pack=1)
