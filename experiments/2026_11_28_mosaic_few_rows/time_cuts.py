@@ -3,8 +3,8 @@
     python experiments/2026_11_28_mosaic_few_rows/time_cuts.py [--rows 8 16 64] [--sizes 10240 8192 4096] [--halves]
         [--warpgroups 2 3 4]
 
-With `--halves`, also the kernel without its products, without its decoding and without both: their results are wrong,
-on purpose.
+With `--halves`, also the kernel without its decoding, and without that and its products: their results are wrong, on
+purpose.
 """
 
 import argparse
@@ -28,18 +28,9 @@ CALLS = 6
 """Of a program."""
 
 
-def no_products(total, weights, x_ref):
-    """In place of `mosaic_gpu.added`: weights are used, but not multiplied."""
-    mosaic_gpu.plgpu.wgmma(total, sum(weights[1:], weights[0]), x_ref.at[0].transpose((1, 0)))
-    return total
-
-
-def no_decoding(trits_ref, scale_ref, run, width):
+def no_decoding(rest, scale_ref, plane):
     """In place of `mosaic_gpu.weights_of`."""
-    one = mosaic_gpu.plgpu.layout_cast(
-        jnp.full((mosaic_gpu.WARPGROUP_ROWS, mosaic_gpu.RUN), 0.5, jnp.bfloat16), mosaic_gpu.plgpu.Layout.WGMMA
-    )
-    return (one,) * 5
+    return rest, rest
 
 
 def nothing(total, weights, x_ref):
@@ -48,7 +39,6 @@ def nothing(total, weights, x_ref):
 
 
 HALVES = {
-    "without products": {"added": no_products},
     "without decoding": {"weights_of": no_decoding},
     "copies alone": {"added": nothing, "weights_of": no_decoding},
 }

@@ -128,7 +128,7 @@ class TestTriton(PackedMatmul):
 FEW_ROWS = (
     Case(1, 64, 320, 32, "two runs of one warpgroup"),
     Case(5, 24, 2053, 32, "an odd number of runs, columns past the last"),
-    Case(9, 192, 640, 64, "groups of two runs, two warpgroups a block"),
+    Case(9, 192, 640, 64, "groups of two runs"),
     Case(16, 136, 1280, 256, "groups of many runs, rows past the last"),
     Case(64, 136, 480, 96, "groups that cross from one plane into the next, most rows of x"),
 )
@@ -149,6 +149,16 @@ class TestMosaicGpu:
         x, exact_x = activations(rng, (case.rows, case.in_features), "bfloat16")
         y = self.run(x, matrix, case.group_size)
         assert y.dtype == jnp.bfloat16
+        assert_within(y, exact_x @ matrix.weight.T, product_bound(exact_x, matrix.weight.T, "bfloat16"))
+
+    @pytest.mark.parametrize("warpgroups", [2, 3])
+    def test_warpgroups_share_a_block(self, warpgroups):
+        rng = np.random.default_rng(9)
+        matrix = random_matrix(rng, 200, 640, 32)
+        x, exact_x = activations(rng, (8, 640), "bfloat16")
+        cut = mosaic_gpu.cut_with(warpgroups, 200, matrix.trits.shape[1], 8)
+        product = partial(mosaic_gpu.few_rows_by_columns, group_size=32, cut=cut)
+        y = jax.jit(product)(x, matrix.trits, columns_of(matrix.scale))
         assert_within(y, exact_x @ matrix.weight.T, product_bound(exact_x, matrix.weight.T, "bfloat16"))
 
     def test_the_identity_yields_the_weight(self):

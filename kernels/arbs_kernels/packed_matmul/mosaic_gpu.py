@@ -1,9 +1,10 @@
 """Products of few rows by a Hopper kernel that decodes weights into the registers from which tensor cores read them.
 
 A warpgroup makes 64 rows of `y^T = W x^T`: codes, scales and activations arrive in shared memory by asynchronous
-copies, several tiles ahead; each thread turns eight codes of a row and eight of another into its fragments of `W`, all
-five planes of them, and the warpgroup's product takes those from registers and `x^T` from shared memory. The warpgroups
-of a block share what it copies of x. Blocks that share the reduction leave partial sums, which XLA adds.
+copies, several tiles ahead; each thread turns eight codes of a row and eight of another into its fragments of `W`, one
+plane after another, and the warpgroup's product takes those from registers and `x^T` from shared memory while the next
+plane is decoded. The warpgroups of a block share what it copies of x. Blocks that share the reduction leave partial sums,
+which XLA adds.
 """
 
 import functools
@@ -24,7 +25,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from arbs_kernels.backends import is_interpreted
 from arbs_kernels.codec import TRITS_PER_BYTE
 from arbs_kernels.mosaic_support import SHARED_BYTES, check_hopper, multiprocessors, padded
-from arbs_kernels.packed_matmul.five_planes import FIVE_PLANES_OF_PAIRS
+from arbs_kernels.packed_matmul.five_planes import DIGITS, FRACTIONS
 from arbs_kernels.packed_matmul.scale_columns import columns_of
 from arbs_kernels.selection import UnsupportedError
 from arbs_kernels.triton_launch import one_by_one
@@ -38,6 +39,8 @@ MOST_WARPGROUPS = 4
 """Of a block, beside the one that copies."""
 MOST_AHEAD = 8
 """Tiles in flight."""
+IN_FLIGHT = 3
+"""Products that a warpgroup has begun and not awaited while it decodes the next plane: each holds its registers."""
 COPYING_REGISTERS = 32
 """Of a thread that copies; computing ones share the others."""
 MOST_REGISTERS = 240
@@ -72,13 +75,16 @@ class Cut:
 
 
 def cut_of(N: int, P: int, M: int) -> Cut:
-    """The cut with least work for a multiprocessor; `M` is a multiple of 8."""
+    """The cut that should take least time; `M` is a multiple of 8."""
 
-    def work(cut: Cut) -> int:
-        return cut.steps * cut.warpgroups * pl.cdiv(cut.splits * pl.cdiv(N, cut.rows), multiprocessors())
+    def work(cut: Cut) -> tuple[float, int]:
+        # Of steps as an H200 took them: a multiprocessor's warpgroups share what it computes, and a step costs besides
+        # as much as one of them; partial sums are written and read.
+        waves = pl.cdiv(cut.splits * pl.cdiv(N, cut.rows), multiprocessors())
+        return waves * cut.steps * (cut.warpgroups + 1) + 1.5 * cut.splits * N * max(M, 32) / 2**18, -cut.warpgroups
 
     most = min(MOST_WARPGROUPS, pl.cdiv(N, WARPGROUP_ROWS))
-    return min((cut_with(warpgroups, N, P, M) for warpgroups in range(min(2, most), most + 1)), key=work)
+    return min((cut_with(warpgroups, N, P, M) for warpgroups in range(1, most + 1)), key=work)
 
 
 def cut_with(warpgroups: int, N: int, P: int, M: int) -> Cut:
@@ -150,8 +156,11 @@ def kernel(
             slot = lax.rem(step, cut.ahead)
             plgpu.barrier_wait(arrived.at[slot])
             for run in range(runs):
-                weights = weights_of(trits_tiles.at[slot, mine], scale_tiles.at[slot, :, :, mine], run, width)
-                total = added(total, weights, x_tiles.at[slot, :, :, pl.ds(run * RUN, RUN)])
+                theirs = scale_tiles.at[slot, :, run, mine]
+                rest = codes_of(trits_tiles.at[slot, mine], run, width)
+                for plane in range(TRITS_PER_BYTE):
+                    weights, rest = weights_of(rest, theirs.at[plane], plane)
+                    total = added(total, weights, x_tiles.at[slot, plane, :, pl.ds(run * RUN, RUN)])
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(free.at[slot])
             return total
@@ -171,34 +180,44 @@ def kernel(
             sums[split, place, :] = 0.5 * total[...]
 
 
-def added(total: Any, weights: tuple[jax.Array, ...], x_ref: Any) -> Any:
-    """The sums with the products of five planes' weights (64, 32) and x (5, M, 32), begun."""
-    for plane, weight in enumerate(weights):
-        if is_interpreted():  # Where products take no operand from registers.
-            total += weight.astype(jnp.float32) @ x_ref[plane].astype(jnp.float32).T
-        else:
-            plgpu.wgmma(total, weight, x_ref.at[plane].transpose((1, 0)))
+def added(total: Any, weights: jax.Array, x_ref: Any) -> Any:
+    """The sums with the product of a plane's weights (64, 32) and x (M, 32), begun."""
+    if is_interpreted():  # Where products take no operand from registers.
+        return total + weights.astype(jnp.float32) @ x_ref[...].astype(jnp.float32).T
+    plgpu.wgmma(total, weights, x_ref.transpose((1, 0)))
+    plgpu.wgmma_wait(IN_FLIGHT)
     return total
 
 
-def weights_of(trits_ref: Any, scale_ref: Any, run: int, width: int) -> tuple[jax.Array, ...]:
-    """Twice the weights of five planes, bfloat16 (64, 32) in fragments of a warpgroup's product, of a run of codes in
-    shared memory (64, width) and scales (5, width/32, 64)."""
+def fragment() -> Any:
+    """A plane of a run, in registers as a warpgroup's product takes it."""
+    return plgpu.ShapeDtypeStruct((WARPGROUP_ROWS, RUN), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+
+
+def codes_of(trits_ref: Any, run: int, width: int) -> jax.Array:
+    """A run of the codes in shared memory (64, width), each where its weights of any plane will be."""
     if is_interpreted():
-        codes = trits_ref[:, pl.ds(run * RUN, RUN)].astype(jnp.int32)
-        return tuple(
-            (2 * ((codes * 3**plane % 256 * 3 >> 8) - 1)).astype(jnp.bfloat16) * scale_ref[plane, run, :][:, None]
-            for plane in range(TRITS_PER_BYTE)
-        )
-    fragment = plgpu.ShapeDtypeStruct((WARPGROUP_ROWS, RUN), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+        return trits_ref[:, pl.ds(run * RUN, RUN)].astype(jnp.int32)
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(code_transforms(width)), plgpu.RefType()), return_type=(fragment,) * TRITS_PER_BYTE
-    )
-    def native(_: Any, trits: Any, scale: Any) -> tuple[Any, ...]:
-        return fragments_of(trits, scale, run, width)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(code_transforms(width)),), return_type=fragment())
+    def native(_: Any, trits: Any) -> Any:
+        return code_fragment(trits, run, width)
 
-    return native(trits_ref, scale_ref)
+    return native(trits_ref)
+
+
+def weights_of(rest: jax.Array, scale_ref: Any, plane: int) -> tuple[jax.Array, jax.Array]:
+    """Twice the weights of a plane, bfloat16 (64, 32), of what planes before it left of the codes and of scales (64,);
+    and what it leaves."""
+    if is_interpreted():
+        trits = 2 * ((rest * 3 >> 8) - 1)
+        return trits.astype(jnp.bfloat16) * scale_ref[...][:, None], rest * 3 % 256
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=(fragment(), fragment()))
+    def native(_: Any, rest: Any, scale: Any) -> tuple[Any, Any]:
+        return plane_fragments(rest, scale, plane)
+
+    return native(rest, scale_ref)
 
 
 def code_transforms(width: int) -> tuple[Any, Any]:
@@ -207,53 +226,69 @@ def code_transforms(width: int) -> tuple[Any, Any]:
     return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width)
 
 
-def fragments_of(trits: Any, scale: Any, run: int, width: int) -> tuple[Any, ...]:
-    """What one thread does for `weights_of`: of each eight columns it has two, of two rows."""
+def code_fragment(trits: Any, run: int, width: int) -> Any:
+    """What one thread does for `codes_of`: of each eight columns it has two, of two rows."""
     i16, i32 = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(32)
     bytes_type, pair = ir.IntegerType.get_signless(8), ir.VectorType.get((2,), ir.BF16Type.get())
     constant = functools.partial(mgpu.c, ty=i32)
-    thread = arith.remui(mgpu.thread_idx(), constant(128))
-    lane = arith.remui(thread, constant(32))
-    row = arith.addi(arith.muli(arith.divui(thread, constant(32)), constant(16)), arith.divui(lane, constant(4)))
+    lane, row = lane_and_row()
     within = arith.muli(arith.remui(lane, constant(4)), constant(2))
     # Rows r and r + 8 have their pieces exchanged alike.
     exchange = arith.muli(arith.remui(arith.divui(row, constant(128 // width)), constant(width // 16)), constant(16))
-    codes_at, scales_at = mgpu.utils.memref_ptr(trits), mgpu.utils.memref_ptr(scale)
-    strides, _ = ir.MemRefType(scale.type).get_strides_and_offset()
-    shape = fragmented_array.WGMMA_LAYOUT.registers_shape((WARPGROUP_ROWS, RUN))
-    planes = [np.empty((RUN // 8, 2), object) for _ in range(TRITS_PER_BYTE)]
-
-    def two_codes(own: Any, column: int) -> Any:
-        piece = arith.xori(exchange, constant(column // 16 * 16))
-        place = arith.addi(
-            arith.addi(arith.muli(own, constant(width)), within), arith.addi(piece, constant(column % 16))
-        )
-        return llvm.load(i16, mgpu.utils.getelementptr(codes_at, [place], bytes_type), alignment=2)
-
+    codes_at = mgpu.utils.memref_ptr(trits)
+    registers = np.empty((RUN // 8, 2), object)
     for lower in range(2):
-        own = arith.addi(row, constant(8 * lower))
-        scales = []
-        for plane in range(TRITS_PER_BYTE):
-            at = arith.addi(own, constant(plane * strides[0] + run * strides[1]))
-            scales.append(llvm.load(i16, mgpu.utils.getelementptr(scales_at, [at], i16), alignment=2))
-        for half in range(2):
-            pairs = [arith.extui(i32, two_codes(own, run * RUN + half * 16 + upper * 8)) for upper in range(2)]
-            trits_of: Any = llvm.inline_asm(
-                llvm.StructType.get_literal([i32] * 10), pairs, FIVE_PLANES_OF_PAIRS, ",".join(["=r"] * 10 + ["r"] * 2)
-            )
-            for plane in range(TRITS_PER_BYTE):
-                for upper in range(2):
-                    both = llvm.extractvalue(i32, trits_of, (2 * plane + upper,))
-                    weights: Any = llvm.inline_asm(i32, [both, scales[plane]], SCALED, "=r,r,h")
-                    planes[plane][2 * half + upper, lower] = mgpu.utils.bitcast(weights, pair)
-    return tuple(
-        mgpu.FragmentedArray(
-            _registers=registers.reshape(shape), _layout=fragmented_array.WGMMA_LAYOUT, _is_signed=None
-        )
-        for registers in planes
+        start = arith.addi(arith.muli(arith.addi(row, constant(8 * lower)), constant(width)), within)
+        for eighth in range(RUN // 8):
+            column = run * RUN + eighth * 8
+            piece = arith.xori(exchange, constant(column // 16 * 16))
+            place = arith.addi(start, arith.addi(piece, constant(column % 16)))
+            both = llvm.load(i16, mgpu.utils.getelementptr(codes_at, [place], bytes_type), alignment=2)
+            spread: Any = llvm.inline_asm(i32, [arith.extui(i32, both)], SPREAD, "=r,r")
+            registers[eighth, lower] = mgpu.utils.bitcast(spread, pair)
+    return as_fragment(registers)
+
+
+def plane_fragments(rest: Any, scale: Any, plane: int) -> tuple[Any, Any]:
+    """What one thread does for `weights_of`."""
+    i16, i32 = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(32)
+    pair = ir.VectorType.get((2,), ir.BF16Type.get())
+    constant = functools.partial(mgpu.c, ty=i32)
+    _, row = lane_and_row()
+    digits = constant(DIGITS - 2**32)
+    given = rest.registers.reshape(RUN // 8, 2)
+    weights, left = np.empty_like(given), np.empty_like(given)
+    for lower in range(2):
+        at = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(scale), [arith.addi(row, constant(8 * lower))], i16)
+        own = llvm.load(i16, at, alignment=2)
+        for eighth in range(RUN // 8):
+            word = mgpu.utils.bitcast(given[eighth, lower], i32)
+            word = arith.addi(arith.muli(word, constant(192 if plane == 0 else 3)), digits)
+            trits = arith.andi(word, digits)
+            value: Any = llvm.inline_asm(i32, [trits, own], SCALED, "=r,r,h")
+            weights[eighth, lower] = mgpu.utils.bitcast(value, pair)
+            left[eighth, lower] = mgpu.utils.bitcast(arith.andi(word, constant(FRACTIONS)), pair)
+    return as_fragment(weights), as_fragment(left)
+
+
+def lane_and_row() -> tuple[Any, Any]:
+    """Of a thread: its place in the warp, and the first of its two rows of 64, eight apart."""
+    constant = functools.partial(mgpu.c, ty=ir.IntegerType.get_signless(32))
+    thread = arith.remui(mgpu.thread_idx(), constant(128))
+    lane = arith.remui(thread, constant(32))
+    return lane, arith.addi(arith.muli(arith.divui(thread, constant(32)), constant(16)), arith.divui(lane, constant(4)))
+
+
+def as_fragment(registers: np.ndarray) -> Any:
+    """Of one thread's registers, by eights of columns and by rows."""
+    shape = fragmented_array.WGMMA_LAYOUT.registers_shape((WARPGROUP_ROWS, RUN))
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(shape), _layout=fragmented_array.WGMMA_LAYOUT, _is_signed=None
     )
 
 
+SPREAD = "prmt.b32 $0, $1, 0, 0x4140;"
+"""Two bytes, each on half a register."""
 SCALED = "{ .reg .b32 both; mov.b32 both, {$2, $2}; mul.rn.bf16x2 $0, $1, both; }"
 """Two weights times one scale."""
 
