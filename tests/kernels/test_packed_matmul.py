@@ -90,39 +90,49 @@ class TestXla(PackedMatmul):
     implementation = "xla"
 
 
-ONE_ROW = (
+WINDOWS = (
     Case(1, 16, 160, 32, "one window, one tile"),
     Case(1, 34, 2056, 96, "columns past the last, programs that share rows, groups that cross planes"),
     Case(1, 80, 3200, 256, "more windows than warps"),
     Case(1, 2146, 640, 64, "two tiles of sixteen rows a program"),
     Case(1, 4240, 160, 32, "eight warps"),
     Case(1, 8466, 320, 32, "eight warps, two tiles"),
+    Case(2, 34, 2056, 96, "two rows, columns past the last"),
+    Case(8, 2146, 640, 32, "eight rows, two tiles a program"),
+    Case(9, 80, 3200, 256, "one row more than the tensor core takes"),
+    Case(16, 4240, 160, 64, "most rows, four tiles a program"),
+    Case(3, 12690, 160, 32, "four warps"),
     Case(1, 33, 640, 32, "an odd number of rows"),
-    Case(1, 8, 640, 32, "less than a tile of rows"),
+    Case(3, 8, 640, 32, "less than a tile of rows"),
     Case(1, 32, 636, 32, "columns that are no multiple of eight"),
+    Case(17, 48, 640, 32, "too many rows"),
 )
-"""By its own kernel, but for the last three."""
+"""What the kernel for whole windows takes, and close to it."""
 
 
 @pytest.mark.skipif(backends.triton_missing() is not None, reason=f"needs {backends.triton_missing()}")
 class TestTriton(PackedMatmul):
     implementation = "triton"
 
-    @pytest.mark.parametrize("case", ONE_ROW, ids=str)
-    def test_one_row(self, case):
+    @pytest.mark.parametrize("case", WINDOWS, ids=str)
+    def test_whole_windows(self, case):
         rng = np.random.default_rng([1, case.products])
         matrix = random_matrix(rng, case.out_features, case.in_features, case.group_size)
-        x, exact_x = activations(rng, (1, case.in_features), "bfloat16")
+        x, exact_x = activations(rng, (case.rows, case.in_features), "bfloat16")
         y, _ = self.run(x, None, matrix, case.group_size)
         assert_within(y, exact_x @ matrix.weight.T, product_bound(exact_x, matrix.weight.T, "bfloat16"))
 
-    def test_one_row_of_zeros_and_infinities(self):
-        """Codes past the row are never decoded into a sum, and what is no number is not lost."""
+    @pytest.mark.parametrize("rows", [1, 3])
+    def test_zeros_and_infinities(self, rows):
+        """Whatever is beside a row adds nothing to it; what is no number is not lost, and stays with its row of x."""
         matrix = random_matrix(np.random.default_rng(8), 48, 2056, 32)
-        zero, _ = self.run(jnp.zeros((1, 2056), jnp.bfloat16), None, matrix, 32)
-        np.testing.assert_array_equal(zero, 0)
-        broken, _ = self.run(jnp.zeros((1, 2056), jnp.bfloat16).at[0, 2055].set(jnp.inf), None, matrix, 32)
-        assert not np.isfinite(np.asarray(broken).astype(np.float32)).any()
+        zeros = jnp.zeros((rows, 2056), jnp.bfloat16)
+        y, _ = self.run(zeros, None, matrix, 32)
+        np.testing.assert_array_equal(np.asarray(y).astype(np.float32), 0)
+        y, _ = self.run(zeros.at[0, 2055].set(jnp.inf), None, matrix, 32)
+        y = np.asarray(y).astype(np.float32)
+        assert not np.isfinite(y[0]).any()
+        np.testing.assert_array_equal(y[1:], 0)
 
 
 FEW_ROWS = (

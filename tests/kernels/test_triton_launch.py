@@ -26,7 +26,8 @@ WORK = {
     "packed_decode": (Case(1, 64, 1280, 32, "chunks"), Case(1, 33, 70, 32, "elements")),
     "packed_matmul": (
         Case(1, 640, 1280, 32, "one row"),
-        Case(2, 640, 1280, 32, "two rows"),
+        Case(2, 640, 1280, 16, "two rows, short groups"),
+        Case(16, 640, 1280, 32, "sixteen rows"),
         Case(40, 130, 1003, 32, "rows that begin anywhere"),
     ),
     "packed_matmul_input_gradient": (Case(128, 64, 1280, 32, "through the weight"),),

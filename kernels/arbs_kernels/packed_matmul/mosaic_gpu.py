@@ -3,8 +3,8 @@
 A warpgroup makes 64 rows of `y^T = W x^T`: codes, scales and activations arrive in shared memory by asynchronous
 copies, several tiles ahead; each thread turns eight codes of a row and eight of another into its fragments of `W`, one
 plane after another, and the warpgroup's product takes those from registers and `x^T` from shared memory while the next
-plane is decoded. The warpgroups of a block share what it copies of x. Blocks that share the reduction leave partial sums,
-which XLA adds.
+plane is decoded. The warpgroups of a block share what it copies of x. Blocks that share the reduction leave partial
+sums, which XLA adds.
 """
 
 import functools

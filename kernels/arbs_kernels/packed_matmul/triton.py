@@ -1,7 +1,7 @@
 """Packed products by Triton kernels: few rows of bfloat16 activations straight from the bytes, many through the weight.
 
-`few_rows_kernel` has the kernel for few rows, `one_row_kernel` one for matrices of whole windows; here is how they are
-cut, and in what order x lies for the first.
+`whole_windows_kernel` has the kernel for the fewest rows and most matrices, `few_rows_kernel` that for all; here is how
+they are cut, and in what order x lies for the second.
 """
 
 from dataclasses import dataclass, replace
@@ -13,13 +13,15 @@ import triton
 
 from arbs_kernels.packed_decode.triton import weight_of
 from arbs_kernels.packed_matmul.few_rows_kernel import few_rows
-from arbs_kernels.packed_matmul.one_row_kernel import WINDOW, one_row
 from arbs_kernels.packed_matmul.reference import precision_of
 from arbs_kernels.packed_matmul.scale_columns import columns_of
+from arbs_kernels.packed_matmul.whole_windows_kernel import WINDOW, whole_windows
 from arbs_kernels.triton_launch import check_size, launch, one_by_one
 
 FUSED_ROWS = 64
-"""Most rows of the fused kernel."""
+"""Most rows of the fused kernels."""
+WHOLE_ROWS = 16
+"""Most rows of that for whole windows."""
 
 
 @dataclass(frozen=True)
@@ -164,30 +166,39 @@ def is_direct(M: int, K: int, P: int) -> bool:
     return K % 2 == 0 if M <= 4 else K % 8 == 0 and P % 8 == 0
 
 
-def is_one_row(x_shape: tuple[int, int], N: int, P: int, group_size: int) -> bool:
-    """Whether `one_row` takes the product: one scale for each plane of a window, and loads of whole ones."""
+def is_whole(x_shape: tuple[int, int], N: int, P: int, group_size: int) -> bool:
+    """Whether `whole_windows` takes the product: one scale for each plane of a window, and loads of whole ones."""
     (M, K), window = x_shape, WINDOW.value
-    return M == 1 and P % window == 0 and group_size % window == 0 and K % 8 == 0 and N % 2 == 0 and N >= 16
+    return M <= WHOLE_ROWS and P % window == 0 and group_size % window == 0 and K % 8 == 0 and N % 2 == 0 and N >= 16
 
 
-def one_row_cut(N: int) -> tuple[int, int]:
-    """Tiles of 16 rows of a program, and its warps: all programs at once, 16 to 32 warps for each multiprocessor."""
+def whole_cut(N: int, M: int) -> tuple[int, int]:
+    """Tiles of 16 rows of a program, and its warps, as they were fastest on an H200: where it is possible all programs
+    at once, and then few tiles for one row, which makes little of what tiles share."""
     tiles = triton.cdiv(N, 16)
+    if tiles <= _SMS:
+        return 1, 16
     if tiles <= 2 * _SMS:
-        return (1 if tiles <= _SMS else 2), 16
-    return (1 if tiles <= 4 * _SMS else 2), 8
+        return (2, 16) if M == 1 else (1, 8)
+    if M > 8:
+        return min((4, 5), key=lambda some: some * triton.cdiv(tiles, some * _SMS)), 8
+    if tiles <= 4 * _SMS:
+        return (1 if M == 1 else 2), 8
+    return (2, 8) if M == 1 and tiles <= 6 * _SMS else (1, 4)
 
 
-def product_of_one_row(x: jax.Array, trits: jax.Array, columns: jax.Array, *, group_size: int) -> jax.Array:
-    """`(1, N)` where `is_one_row`."""
-    K, (N, P) = x.shape[1], trits.shape
-    row_tiles, warps = one_row_cut(N)
+def whole(
+    x: jax.Array, trits: jax.Array, columns: jax.Array, *, group_size: int, cut: tuple[int, int] | None = None
+) -> jax.Array:
+    """`(M, N)` where `is_whole`."""
+    (M, K), (N, P) = x.shape, trits.shape
+    row_tiles, warps = cut or whole_cut(N, M)
     return launch(
-        one_row,
+        whole_windows,
         x,
         trits,
         columns,
-        out=jax.ShapeDtypeStruct((1, N), x.dtype),
+        out=jax.ShapeDtypeStruct((M, N), x.dtype),
         grid=(triton.cdiv(N, 16 * row_tiles),),
         num_warps=warps,
         num_stages=1,
@@ -196,6 +207,7 @@ def product_of_one_row(x: jax.Array, trits: jax.Array, columns: jax.Array, *, gr
         P=P,
         R=columns.shape[0],
         G=group_size,
+        M=M,
         STEPS=triton.cdiv(P, WINDOW.value * warps),
         ROW_TILES=row_tiles,
         WARPS=warps,
@@ -210,10 +222,10 @@ def fused(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) 
 def fused_by_columns(
     x: jax.Array, trits: jax.Array, columns: jax.Array, *, group_size: int, tile: Tile | None = None
 ) -> jax.Array:
-    """`fused` with scales that are prepared; with a tile `few_rows` computes one row, too."""
+    """`fused` with scales that are prepared; with a tile by `few_rows` in any case."""
     (M, K), (N, P) = x.shape, trits.shape
-    if tile is None and is_one_row((M, K), N, P, group_size):
-        return product_of_one_row(x, trits, columns, group_size=group_size)
+    if tile is None and is_whole((M, K), N, P, group_size):
+        return whole(x, trits, columns, group_size=group_size)
     cut = cut_of(N, P, group_size, tile or tile_of(M, N, P))
     direct_x = cut.tile.direct_x and is_direct(M, K, P)
     given = x if direct_x else fragments(x, P, cut)
