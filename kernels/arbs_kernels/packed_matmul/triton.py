@@ -167,9 +167,12 @@ def is_direct(M: int, K: int, P: int) -> bool:
 
 
 def is_whole(x_shape: tuple[int, int], N: int, P: int, group_size: int) -> bool:
-    """Whether `whole_windows` takes the product: one scale for each plane of a window, and loads of whole ones."""
+    """Whether `whole_windows` takes the product (one scale for each plane of a window, loads of whole ones), and is the
+    faster one: two to eight rows of x are not where five programs of its are too many for a multiprocessor, and four
+    too few."""
     (M, K), window = x_shape, WINDOW.value
-    return M <= WHOLE_ROWS and P % window == 0 and group_size % window == 0 and K % 8 == 0 and N % 2 == 0 and N >= 16
+    takes = M <= WHOLE_ROWS and P % window == 0 and group_size % window == 0 and K % 8 == 0 and N % 2 == 0 and N >= 16
+    return takes and (M == 1 or M > 8 or not 4 * _SMS < triton.cdiv(N, 16) <= 6 * _SMS)
 
 
 def whole_cut(N: int, M: int) -> tuple[int, int]:
