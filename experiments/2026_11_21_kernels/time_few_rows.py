@@ -159,7 +159,7 @@ def prepared(trits: np.ndarray, scale: np.ndarray) -> tuple[jax.Array, jax.Array
     return jnp.asarray(trits), columns_of(jnp.asarray(scale))
 
 
-def _copies(size: int) -> int:
+def copies(size: int) -> int:
     """Of an array of so many bytes, to find none of it in the cache."""
     return max(2, -(-(2**28) // size))
 
@@ -197,8 +197,8 @@ def main() -> None:
     timed("a product of nothing much: what a launch costs", partial(triton.fused_by_columns, group_size=G), tiny)
     for N in flags.sizes:
         # Together they are several times what the largest cache holds.
-        matrices = [prepared(*matrix(seed, N, N)) for seed in range(_copies(N * N // 4))]
-        weights = [jax.random.normal(jax.random.key(seed), (N, N), jnp.bfloat16) for seed in range(_copies(2 * N * N))]
+        matrices = [prepared(*matrix(seed, N, N)) for seed in range(copies(N * N // 4))]
+        weights = [jax.random.normal(jax.random.key(seed), (N, N), jnp.bfloat16) for seed in range(copies(2 * N * N))]
         for M in flags.rows:
             x = jax.device_put(normal(M, M, N))
             dense = timed(
