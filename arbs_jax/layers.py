@@ -1,13 +1,13 @@
 """Flax Linen modules over ternary state: nothing in "params", integer leaves in the collection "ternary".
 
 Each matrix also reads two optional collections: "probes", whose cotangent is the matrix's vote (`arbs_jax.votes`), and
-"dense", a weight decoded once for inference (`arbs_jax.votes.decode_tree`). The collection "ternary_spec" is written on
-request only and tells the logical shape of every matrix.
+"dense", a weight decoded once for inference, or scales made once (`arbs_jax.votes.decode_tree` and `scale_tree`). The
+collection "ternary_spec" is written on request only and tells the logical shape of every matrix.
 """
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,14 @@ import jax.numpy as jnp
 from arbs_jax.errors import ConfigError
 from arbs_jax.rules import Integral, Rule
 from arbs_jax.state import BASE_LEAVES, InitConfig, Matrix, MatrixSpec, init_matrix
-from arbs_kernels.autodiff import JOINED_ROWS, MatmulSpec, ternary_gather, ternary_matmul, ternary_matmuls
+from arbs_kernels.autodiff import (
+    JOINED_ROWS,
+    MatmulSpec,
+    PreparedScale,
+    ternary_gather,
+    ternary_matmul,
+    ternary_matmuls,
+)
 from arbs_kernels.grouped_autodiff import ternary_grouped_matmul
 from arbs_kernels.table_autodiff import ternary_rows
 
@@ -97,6 +104,13 @@ class _TernaryMatrix(nn.Module):
             float8=config.float8 and not (spec.table or spec.experts),
         )
 
+    def _as_prepared(self, leaves: Matrix, static: MatmulSpec) -> tuple[Matrix, MatmulSpec]:
+        """Leaves and what else a product of them needs, with the scales that were made once if there are such."""
+        if not self.has_variable(DENSE, "scale"):
+            return leaves, static
+        given = {"trits": leaves["trits"], "scale": self.get_variable(DENSE, "scale")}
+        return given, replace(static, law=PreparedScale(), float8=False)
+
 
 class TernaryDense(_TernaryMatrix):
     """`y = x W^T` with ternary `W (features, K)` and no bias; `(..., K)` to `(..., features)` in the dtype of `x`."""
@@ -110,13 +124,14 @@ class TernaryDense(_TernaryMatrix):
         return projections(x, self)[0]
 
     @nn.compact
-    def parts(self, in_features: int) -> tuple[jax.Array | None, Matrix, Matrix | None, MatmulSpec]:
-        """(the weight if it is decoded, else the leaves, the probe if there is one and what else a product needs)."""
+    def parts(self, in_features: int) -> tuple[jax.Array | None, Matrix, MatmulSpec, Matrix | None]:
+        """(the weight if it is decoded, else the leaves, what else a product needs, and the probe if there is one)."""
         spec = MatrixSpec(self.features, in_features, self.config.group_size, table=self.table)
         static = self._matmul_spec(spec)
         if self.has_variable(DENSE, "weight"):
-            return self.get_variable(DENSE, "weight"), {}, None, static
-        return None, *self._matrix(spec), static
+            return self.get_variable(DENSE, "weight"), {}, static, None
+        leaves, probe = self._matrix(spec)
+        return None, *self._as_prepared(leaves, static), probe
 
 
 def projections(x: jax.Array, *layers: TernaryDense) -> tuple[jax.Array, ...]:
@@ -124,7 +139,7 @@ def projections(x: jax.Array, *layers: TernaryDense) -> tuple[jax.Array, ...]:
 
     The layers, which are made in the calling module, must be alike but for their names and features.
     """
-    weights, leaves, probes, specs = zip(*(layer.parts(x.shape[-1]) for layer in layers), strict=True)
+    weights, leaves, specs, probes = zip(*(layer.parts(x.shape[-1]) for layer in layers), strict=True)
     if weights[0] is None:
         return ternary_matmuls(x, leaves, specs[0], probes)
     if x.size < JOINED_ROWS * x.shape[-1]:
@@ -160,7 +175,7 @@ class TernaryEmbed(_TernaryMatrix):
         """Scores of every row, `(..., features)` to `(..., num_embeddings)`: the tied output head."""
         if self.has_variable(DENSE, "weight"):
             return _dense(x, self.get_variable(DENSE, "weight").astype(x.dtype))
-        return ternary_matmul(x, self._leaves, self._static, self._probe)
+        return ternary_matmul(x, *self._as_prepared(self._leaves, self._static), self._probe)
 
 
 class TernaryTable(_TernaryMatrix):

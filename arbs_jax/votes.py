@@ -17,6 +17,7 @@ from arbs_jax.state import MatrixSpec, Tree, flatten_specs, map_matrices
 from arbs_kernels.autodiff import make_probe
 from arbs_kernels.decode import decode
 from arbs_kernels.grouped_autodiff import expert_gradient, make_factor_probe
+from arbs_kernels.packed_matmul import prepared_scale
 from arbs_kernels.table_autodiff import make_rows_probe
 
 
@@ -202,3 +203,21 @@ def decode_tree(ternary: Tree, specs: Tree, rule: Rule, dtype: jnp.dtype) -> Any
         return {"weight": decode(matrix["trits"], scale, spec.in_features, spec.group_size, dtype)}
 
     return map_matrices(weight, ternary)
+
+
+def scale_tree(ternary: Tree, specs: Tree, rule: Rule, dtype: jnp.dtype) -> Any:
+    """Scales of every matrix for the collection "dense", in place of its weights: nodes become `{"scale": ...}`.
+
+    For inference from packed trits: scales are made once in place of once a call, as `packed_matmul` takes them for
+    activations of `dtype`. Sparse tables and experts have none, as in `decode_tree`.
+    """
+    by_path = flatten_specs(specs)
+
+    def scales(path: str, matrix: Any) -> dict[str, jax.Array]:
+        spec = by_path[path]
+        if spec.sparse or spec.experts:
+            return {}
+        scale = rule.scale(matrix, spec.group_size)
+        return {"scale": prepared_scale(scale) if dtype == jnp.bfloat16 else scale}
+
+    return map_matrices(scales, ternary)

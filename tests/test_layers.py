@@ -11,7 +11,7 @@ from arbs_jax import Integral, TernaryConfig, TernaryDense, TernaryEmbed, Ternar
 from arbs_jax.errors import ConfigError
 from arbs_jax.layers import projections, silu_gated, written_out
 from arbs_jax.state import MatrixSpec
-from arbs_jax.votes import decode_tree
+from arbs_jax.votes import decode_tree, scale_tree
 from arbs_kernels.codec import unpack_rows
 
 RULE = Integral()
@@ -152,6 +152,20 @@ def test_decoded_weights_replace_the_packed(dense, embed):
     table = {"dense": decode_tree(embed["ternary"], matrix_specs(EMBED, IDS), RULE, jnp.float32)}
     np.testing.assert_array_equal(EMBED.apply(table, IDS), EMBED.apply(embed, IDS))
     np.testing.assert_array_equal(EMBED.apply(table, X, method="attend"), EMBED.apply(embed, X, method="attend"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [5, 100])
+def test_scales_that_were_made_once_replace_the_accumulators(dense, embed, dtype, rows):
+    x = jnp.asarray(np.random.default_rng(rows).integers(-3, 4, (rows, 9)), dtype)
+    for module, variables, method in ((DENSE, dense, None), (EMBED, embed, "attend")):
+        specs = matrix_specs(module, X if module is DENSE else IDS)
+        once = {"dense": scale_tree(variables["ternary"], specs, RULE, jnp.dtype(dtype))}
+        assert once["dense"]["scale"].dtype == dtype
+        # Accumulators that would give another scale are not read.
+        other = variables["ternary"] | {"exponent": variables["ternary"]["exponent"] + jnp.int8(3)}
+        got = module.apply(once | {"ternary": other}, x, method=method)
+        np.testing.assert_array_equal(got, module.apply(variables, x, method=method))
 
 
 class Several(nn.Module):

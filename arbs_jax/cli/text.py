@@ -12,18 +12,15 @@ from arbs_jax.models.decoders import decoder_of
 from arbs_jax.sampling import Generator, SamplingConfig
 from arbs_jax.training.program import Program
 from arbs_jax.training.step import TrainState
-from arbs_jax.votes import decode_tree
+from arbs_jax.votes import decode_tree, scale_tree
 
 
 def inference_variables(program: Program, state: TrainState, *, packed: bool = False) -> Any:
-    """Collections for sampling: the packed state and bookkeeping, and unless `packed` the weights decoded once (`N*K`
-    activations of memory each), of which the model then reads what is there."""
-    variables = {COLLECTION: state.ternary, MEMORY: state.memory}
-    if packed:
-        return variables
-    dtype = jnp.dtype(program.config.model.dtype)
-    make = jax.jit(lambda tree: decode_tree(tree, program.specs, program.ternary.rule, dtype))
-    return variables | {DENSE: make(state.ternary)}
+    """Collections for sampling: the packed state and bookkeeping, and what is made of it once: the weights (`N*K`
+    activations of memory each), or if `packed` the scales alone. The model reads of both what is there."""
+    dtype, once = jnp.dtype(program.config.model.dtype), scale_tree if packed else decode_tree
+    make = jax.jit(lambda tree: once(tree, program.specs, program.ternary.rule, dtype))
+    return {COLLECTION: state.ternary, MEMORY: state.memory, DENSE: make(state.ternary)}
 
 
 def sample_bytes(

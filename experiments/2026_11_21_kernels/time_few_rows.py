@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 from arbs_kernels.codec import packed_width
 from arbs_kernels.packed_matmul import mosaic_gpu, triton
-from arbs_kernels.packed_matmul.scale_columns import columns_of
+from arbs_kernels.packed_matmul.prepared import prepared_scale
 
 G = 32
 Tile = triton.Tile
@@ -93,7 +93,7 @@ def checked(M: int, N: int, K: int, group_size: int, tile: triton.Tile | str | N
         got = jax.jit(partial(mosaic_gpu.forward, group_size=group_size))(x, trits, scale)
     else:
         run = jax.jit(partial(triton.fused_by_columns, group_size=group_size, tile=tile))
-        got = run(x, trits, columns_of(jnp.asarray(scale)))
+        got = run(x, trits, prepared_scale(jnp.asarray(scale)))
     error = np.abs(np.asarray(got).astype(np.float64) - exact @ w.T) / (np.abs(exact) @ np.abs(w).T + 1e-30)
     return f"{'ok' if np.max(error) < 2**-7 else 'WRONG'}, largest error {np.max(error):.1e}"
 
@@ -156,7 +156,7 @@ def timed(
 
 def prepared(trits: np.ndarray, scale: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """A matrix on the device, its scales as the kernel reads them."""
-    return jnp.asarray(trits), columns_of(jnp.asarray(scale))
+    return jnp.asarray(trits), prepared_scale(jnp.asarray(scale))
 
 
 def copies(size: int) -> int:

@@ -22,7 +22,7 @@ from fixed_point_kernel import one_row
 
 from arbs_kernels.codec import packed_width
 from arbs_kernels.packed_matmul import mosaic_gpu, triton
-from arbs_kernels.packed_matmul.scale_columns import columns_of
+from arbs_kernels.packed_matmul.prepared import prepared_scale
 from arbs_kernels.triton_launch import launch
 
 G = timing.G
@@ -68,7 +68,7 @@ def checked(N: int, K: int, cut: tuple[int, int]) -> str:
     fraction = trits[:, None, :] * (3 ** np.arange(5, dtype=np.uint8))[:, None]
     digits = (fraction.astype(np.int64) * 3 >> 8).reshape(N, -1)[:, :K] - 1
     w = digits * np.repeat(scale.astype(ml_dtypes.bfloat16).astype(np.float64), G, axis=1)[:, :K]
-    got = jax.jit(partial(fixed_point, cut=cut))(x, trits, columns_of(jnp.asarray(scale)))
+    got = jax.jit(partial(fixed_point, cut=cut))(x, trits, prepared_scale(jnp.asarray(scale)))
     exact = x.astype(np.float64)
     error = np.abs(np.asarray(got).astype(np.float64) - exact @ w.T) / (np.abs(exact) @ np.abs(w).T)
     return f"{'ok' if np.max(error) < 2**-8 else 'WRONG'}, largest error {np.max(error):.1e}"

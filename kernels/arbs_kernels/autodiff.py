@@ -25,6 +25,7 @@ from arbs_kernels import float8
 from arbs_kernels.codec import TRITS_PER_BYTE
 from arbs_kernels.correlation_score import correlation_score, score_of_gradient, weight_gradient
 from arbs_kernels.packed_matmul import packed_matmul, packed_matmul_input_gradient
+from arbs_kernels.packed_matmul.prepared import joined
 from arbs_kernels.row_gather import packed_row_gather, sums_of_rows
 from arbs_kernels.shapes import group_count
 
@@ -38,6 +39,16 @@ class ScaleLaw(Protocol):
     def scale(self, leaves: Leaves, group_size: int) -> jax.Array:
         """Group scales `S`, float32 (..., N, R), of the leaves of one matrix."""
         ...
+
+
+@dataclass(frozen=True)
+class PreparedScale:
+    """The law of a matrix whose scales were made once, for inference: they are the leaf "scale"."""
+
+    def scale(self, leaves: Leaves, group_size: int) -> jax.Array:
+        """See `ScaleLaw`; also as `prepared_scale` makes them."""
+        del group_size
+        return leaves["scale"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class MatmulSpec:
         if len(parts) == 1:
             return parts[0]
         trits, scales = zip(*parts, strict=True)
-        return jnp.concatenate(trits), jnp.concatenate(scales)
+        return jnp.concatenate(trits), joined(scales)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from support import activations, product_bound, random_matrix
 from arbs_kernels import backends
 from arbs_kernels.cases import SMALL_CASES, Case
 from arbs_kernels.packed_matmul import mosaic_gpu, packed_matmul, packed_matmul_input_gradient
-from arbs_kernels.packed_matmul.scale_columns import columns_of
+from arbs_kernels.packed_matmul.prepared import prepared_scale
 from arbs_kernels.selection import UnsupportedError
 from arbs_kernels.shapes import GROUP_SIZES
 
@@ -75,6 +75,19 @@ class PackedMatmul:
         x[:, ::6] = rng.integers(-2, 3, (5, 4))
         y, _ = self.run(jnp.asarray(x, dtype), None, matrix, 8)
         np.testing.assert_array_equal(np.asarray(y).astype(np.float64), x @ weight.T)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("rows", [1, 20, 70])
+    def test_scales_that_were_prepared(self, rows, dtype):
+        """They are rounded to bfloat16, and then multiply as others do."""
+        rng = np.random.default_rng(10)
+        matrix = random_matrix(rng, 48, 640, 32)
+        rounded = matrix.scale.astype(jnp.bfloat16)
+        weight = matrix.dense_trits * np.repeat(np.asarray(rounded, np.float64), 32, axis=1)
+        x, exact_x = activations(rng, (rows, 640), dtype)
+        prepared = replace(matrix, scale=prepared_scale(matrix.scale))
+        y, _ = self.run(x, None, prepared, 32)
+        assert_within(y, exact_x @ weight.T, product_bound(exact_x, weight.T, dtype))
 
     def test_what_packing_pads_adds_nothing(self):
         """A row of 6 columns has 4 unused digits, and its last group 2 unused columns: neither meets the next row."""
@@ -168,7 +181,7 @@ class TestMosaicGpu:
         x, exact_x = activations(rng, (8, 640), "bfloat16")
         cut = mosaic_gpu.cut_with(warpgroups, 200, matrix.trits.shape[1], 8)
         product = partial(mosaic_gpu.few_rows_by_columns, group_size=32, cut=cut)
-        y = jax.jit(product)(x, matrix.trits, columns_of(matrix.scale))
+        y = jax.jit(product)(x, matrix.trits, prepared_scale(matrix.scale))
         assert_within(y, exact_x @ matrix.weight.T, product_bound(exact_x, matrix.weight.T, "bfloat16"))
 
     def test_the_identity_yields_the_weight(self):
@@ -222,11 +235,11 @@ def test_cuts_cover_the_matrix_and_fit_a_multiprocessor(monkeypatch, N, P, M):
 def test_scales_are_made_by_rows_before_they_are_turned():
     """A compiler free to choose would rather turn what they are made of, the accumulators of a whole model."""
     scale = jax.ShapeDtypeStruct((33, 5), jnp.float32)
-    lowered = jax.jit(lambda scale: columns_of(jnp.exp2(scale))).lower(scale).as_text()
+    lowered = jax.jit(lambda scale: prepared_scale(jnp.exp2(scale))).lower(scale).as_text()
     held = next(line for line in lowered.splitlines() if "LayoutConstraint" in line)
     assert "dense<[1, 0]>" in held
     assert "tensor<33x5xbf16>" in held
-    assert columns_of(jnp.ones(scale.shape)).shape == (5, 33)
+    assert prepared_scale(jnp.ones(scale.shape)).shape == (5, 33)
 
 
 def arguments(**changes):
@@ -254,7 +267,11 @@ WRONG = {
         r"scale must be float32 \(3, 2\), got float32 \(3, 3\)",
     ),
     "another number of rows": ({"scale": jnp.ones((4, 2), jnp.float32)}, r"scale must be .* got float32 \(4, 2\)"),
-    "a short scale": ({"scale": jnp.ones((3, 2), jnp.bfloat16)}, r"scale must be float32 .* got bfloat16"),
+    "a short scale": ({"scale": jnp.ones((3, 2), jnp.float16)}, r"scale must be float32 .* got float16"),
+    "a prepared scale by rows": (
+        {"scale": jnp.ones((3, 2), jnp.bfloat16)},
+        r"a prepared scale must be bfloat16 \(2, 3\), got \(3, 2\)",
+    ),
     "an odd group size": ({"group_size": 5}, r"group_size must be one of \(4, .*\), got 5"),
     "no group size": ({"group_size": 0}, "group_size must be one of .*, got 0"),
 }

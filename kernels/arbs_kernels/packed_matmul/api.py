@@ -4,8 +4,9 @@ import jax
 
 from arbs_kernels.backends import mosaic_gpu_missing, triton_missing
 from arbs_kernels.packed_matmul import reference
+from arbs_kernels.packed_matmul.prepared import is_prepared
 from arbs_kernels.selection import Implementation, select
-from arbs_kernels.shapes import check_activations, check_matrix
+from arbs_kernels.shapes import check_activations, check_matrix, check_trits, group_count
 from arbs_kernels.triton_launch import lazily
 from arbs_kernels.tuning import tuned
 
@@ -28,7 +29,8 @@ def packed_matmul(
     Args:
         x: activations `(M, K)`, float32 or bfloat16.
         trits: `uint8 (N, P)`, rows as in `arbs_kernels.codec`.
-        scale: `float32 (N, ceil(K/group_size))`.
+        scale: `float32 (N, ceil(K/group_size))`; or what `prepared_scale` makes of it once for inference,
+            `bfloat16 (ceil(K/group_size), N)`, for which no gradient is made.
         group_size: columns that share one scale.
         implementation: "xla", "triton", "mosaic_gpu" (up to 64 rows of bfloat16 on Hopper), or None for the best that
             works here.
@@ -41,7 +43,13 @@ def packed_matmul(
     """
     select("packed_matmul", FORWARD, implementation)  # a wrong name is said first
     check_activations("packed_matmul", "x", x, x.shape[-1])
-    check_matrix("packed_matmul", trits, scale, x.shape[1], group_size)
+    if is_prepared(scale):
+        check_trits("packed_matmul", trits, x.shape[1], group_size)
+        expected = (group_count(x.shape[1], group_size), trits.shape[0])
+        if scale.shape != expected:
+            raise ValueError(f"packed_matmul: a prepared scale must be bfloat16 {expected}, got {scale.shape}")
+    else:
+        check_matrix("packed_matmul", trits, scale, x.shape[1], group_size)
     shape = (x.shape[0], trits.shape[0], x.shape[1], group_size)
     run = tuned("packed_matmul", FORWARD, implementation, shape, x.dtype)
     return run(x, trits, scale, group_size=group_size)

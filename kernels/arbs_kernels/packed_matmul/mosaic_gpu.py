@@ -26,7 +26,7 @@ from arbs_kernels.backends import is_interpreted
 from arbs_kernels.codec import TRITS_PER_BYTE
 from arbs_kernels.mosaic_support import SHARED_BYTES, check_hopper, multiprocessors, padded
 from arbs_kernels.packed_matmul.five_planes import DIGITS, FRACTIONS
-from arbs_kernels.packed_matmul.scale_columns import columns_of
+from arbs_kernels.packed_matmul.prepared import as_prepared
 from arbs_kernels.selection import UnsupportedError
 from arbs_kernels.triton_launch import one_by_one
 
@@ -313,7 +313,7 @@ def forward(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int
 
 def few_rows(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) -> jax.Array:
     """`y = x W^T` for few rows of bfloat16."""
-    return few_rows_by_columns(x, trits, columns_of(scale), group_size=group_size)
+    return few_rows_by_columns(x, trits, as_prepared(scale), group_size=group_size)
 
 
 def few_rows_by_columns(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from arbs_kernels.decode import decode
+from arbs_kernels.packed_matmul.prepared import as_rows
 
 
 def precision_of(dtype: jnp.dtype) -> str | None:
@@ -17,7 +18,7 @@ def precision_of(dtype: jnp.dtype) -> str | None:
 
 def forward(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) -> jax.Array:
     """`y = x W^T`; see `api.packed_matmul`."""
-    w_NxK = decode(trits, scale, x.shape[1], group_size, x.dtype)
+    w_NxK = decode(trits, as_rows(scale), x.shape[1], group_size, x.dtype)
     return jax.lax.dot_general(x, w_NxK, (((1,), (1,)), ((), ())), precision=precision_of(x.dtype))
 
 

@@ -13,8 +13,8 @@ import triton
 
 from arbs_kernels.packed_decode.triton import weight_of
 from arbs_kernels.packed_matmul.few_rows_kernel import few_rows
+from arbs_kernels.packed_matmul.prepared import as_prepared, as_rows
 from arbs_kernels.packed_matmul.reference import precision_of
-from arbs_kernels.packed_matmul.scale_columns import columns_of
 from arbs_kernels.packed_matmul.whole_windows_kernel import WINDOW, whole_windows
 from arbs_kernels.triton_launch import check_size, launch, one_by_one
 
@@ -219,7 +219,7 @@ def whole(
 
 def fused(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) -> jax.Array:
     """`y = x W^T` for few rows of bfloat16."""
-    return fused_by_columns(x, trits, columns_of(scale), group_size=group_size)
+    return fused_by_columns(x, trits, as_prepared(scale), group_size=group_size)
 
 
 def fused_by_columns(
@@ -243,7 +243,7 @@ def is_fused(M: int, dtype: jnp.dtype) -> bool:
 
 def dense(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) -> jax.Array:
     """`y = x W^T` through the weight."""
-    w_NxK = weight_of(trits, scale, in_features=x.shape[1], group_size=group_size, dtype=x.dtype)
+    w_NxK = weight_of(trits, as_rows(scale), in_features=x.shape[1], group_size=group_size, dtype=x.dtype)
     return jax.lax.dot_general(x, w_NxK, (((1,), (1,)), ((), ())), precision=precision_of(x.dtype))
 
 
