@@ -36,7 +36,8 @@ class Sample:
     """Same seed, same text."""
     kernel: KernelFlag = None
     packed: bool = False
-    """Multiply from the packed state at every byte: least memory, slower than weights decoded once."""
+    """Multiply by packed weights at every byte, with scales made once: least memory. Large models on a GPU are faster so,
+    a CPU is slower than with weights decoded once."""
 
 
 def run(args: Sample) -> None:
