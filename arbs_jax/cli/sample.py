@@ -36,8 +36,8 @@ class Sample:
     """Same seed, same text."""
     kernel: KernelFlag = None
     packed: bool = False
-    """Multiply by packed weights at every byte, with scales made once: least memory. Large models on a GPU are faster so,
-    a CPU is slower than with weights decoded once."""
+    """Multiply by packed weights, with scales made once: least memory. Large models on a GPU are faster so than with
+    weights decoded once, a CPU is slower."""
 
 
 def run(args: Sample) -> None:

@@ -7,9 +7,8 @@ scales before it computes the one at hand. Every tensor has one element for each
 layout in which an instruction of a whole warp finds its operands. Loads are written in PTX: several registers at once,
 hints for the caches, and no time in Triton's compiler.
 
-Two codes become ten weights by 15 instructions on the halves of registers, 14 of them half-precision arithmetic, which
-runs at twice the rate of masks and integer products. With `I_i` the integer part of `code 3^(i+1) / 256`, digit `i` is
-`I_i - 3 I_(i-1)`, and it is the constant `b_i` added to the product that makes the sum round to `I_i + b_i`.
+Two codes become ten trits on the halves of registers (`five_planes`), and a product by the scale makes each pair
+two weights. `whole_windows_kernel` spares that where it can, for groups of whole windows and fewer rows.
 
 The order of the products' inner axis is free, as long as both operands agree. In fragment `m16n8k16` a thread holds
 rows `lane / 4` and 8 more of W, columns `lane / 4` of `x^T`, and four positions of the inner axis: it takes a run of 16

@@ -1,4 +1,4 @@
-"""The Triton kernel that multiplies up to 16 rows of bfloat16 activations by bytes, 32 of which have a scale a plane.
+"""The Triton kernel that multiplies up to 16 rows of bfloat16 activations by windows of 32 bytes with a scale a plane.
 
 Like `few_rows_kernel` it computes `y^T = W x^T` with the tensor core's 16 x 8 x 16 product on what each warp decodes in
 its own registers, one element of a tensor for each thread of the program. But the trits themselves are multiplied, one
