@@ -193,16 +193,11 @@ def decode_tree(ternary: Tree, specs: Tree, rule: Rule, dtype: jnp.dtype) -> Any
     of which a call reads some rows and some matrices, stay packed: their nodes are empty, and the model finds them in
     the collection "ternary", to be given beside this one.
     """
-    by_path = flatten_specs(specs)
 
-    def weight(path: str, matrix: Any) -> dict[str, jax.Array]:
-        spec = by_path[path]
-        if spec.sparse or spec.experts:
-            return {}
-        scale = rule.scale(matrix, spec.group_size)
+    def weight(matrix: Any, scale: jax.Array, spec: MatrixSpec) -> dict[str, jax.Array]:
         return {"weight": decode(matrix["trits"], scale, spec.in_features, spec.group_size, dtype)}
 
-    return map_matrices(weight, ternary)
+    return _made_once(weight, ternary, specs, rule)
 
 
 def scale_tree(ternary: Tree, specs: Tree, rule: Rule, dtype: jnp.dtype) -> Any:
@@ -211,13 +206,21 @@ def scale_tree(ternary: Tree, specs: Tree, rule: Rule, dtype: jnp.dtype) -> Any:
     For inference from packed trits: scales are made once in place of once a call, as `packed_matmul` takes them for
     activations of `dtype`. Sparse tables and experts have none, as in `decode_tree`.
     """
-    by_path = flatten_specs(specs)
 
-    def scales(path: str, matrix: Any) -> dict[str, jax.Array]:
-        spec = by_path[path]
-        if spec.sparse or spec.experts:
-            return {}
-        scale = rule.scale(matrix, spec.group_size)
+    def scales(_matrix: Any, scale: jax.Array, _spec: MatrixSpec) -> dict[str, jax.Array]:
         return {"scale": prepared_scale(scale) if dtype == jnp.bfloat16 else scale}
 
-    return map_matrices(scales, ternary)
+    return _made_once(scales, ternary, specs, rule)
+
+
+def _made_once(
+    make: Callable[[Any, jax.Array, MatrixSpec], dict[str, jax.Array]], ternary: Tree, specs: Tree, rule: Rule
+) -> Any:
+    """`make(matrix, its scales, its spec)` in place of each matrix that a call reads whole, nothing for the others."""
+    by_path = flatten_specs(specs)
+
+    def made(path: str, matrix: Any) -> dict[str, jax.Array]:
+        spec = by_path[path]
+        return {} if spec.sparse or spec.experts else make(matrix, rule.scale(matrix, spec.group_size), spec)
+
+    return map_matrices(made, ternary)

@@ -81,21 +81,22 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
 
 
-def checked(M: int, N: int, K: int, group_size: int, tile: triton.Tile | str | None) -> str:
-    """Largest error against float64 sums, of the sum of absolute values."""
+def largest_error(run: Callable[..., jax.Array], M: int, N: int, K: int, group_size: int) -> float:
+    """Of `run(x, trits, scale)` against float64 sums, of the sum of absolute values."""
     trits, scale = matrix(M, N, K, group_size)
     x = normal(1, M, K)
     fraction = trits[:, None, :] * (3 ** np.arange(5, dtype=np.uint8))[:, None]
     digits = (fraction.astype(np.int64) * 3 >> 8).reshape(N, -1)[:, :K] - 1
     w = digits * np.repeat(scale.astype(ml_dtypes.bfloat16).astype(np.float64), group_size, axis=1)[:, :K]
-    exact = x.astype(np.float64)
-    if tile == "mosaic":
-        got = jax.jit(partial(mosaic_gpu.forward, group_size=group_size))(x, trits, scale)
-    else:
-        run = jax.jit(partial(triton.fused_by_columns, group_size=group_size, tile=tile))
-        got = run(x, trits, prepared_scale(jnp.asarray(scale)))
-    error = np.abs(np.asarray(got).astype(np.float64) - exact @ w.T) / (np.abs(exact) @ np.abs(w).T + 1e-30)
-    return f"{'ok' if np.max(error) < 2**-7 else 'WRONG'}, largest error {np.max(error):.1e}"
+    exact, got = x.astype(np.float64), np.asarray(jax.jit(run)(x, trits, scale)).astype(np.float64)
+    return np.max(np.abs(got - exact @ w.T) / (np.abs(exact) @ np.abs(w).T + 1e-30))
+
+
+def checked(M: int, N: int, K: int, group_size: int, tile: triton.Tile | str | None) -> str:
+    """The error of one of the library's kernels."""
+    run = mosaic_gpu.forward if tile == "mosaic" else partial(triton.fused, tile=tile)
+    error = largest_error(partial(run, group_size=group_size), M, N, K, group_size)
+    return f"{'ok' if error < 2**-7 else 'WRONG'}, largest error {error:.1e}"
 
 
 def seconds(
@@ -194,7 +195,7 @@ def main() -> None:
     for case in [] if flags.no_checks else MOSAIC_CHECKED if flags.mosaic else CHECKED:
         line(f"check {case[0]}x{case[1]}x{case[2]} G={case[3]}", partial(checked, *case))
     tiny = [(jnp.asarray(normal(1, 1, 80)), *prepared(*matrix(1, 16, 80)))]
-    timed("a product of nothing much: what a launch costs", partial(triton.fused_by_columns, group_size=G), tiny)
+    timed("a product of nothing much: what a launch costs", partial(triton.fused, group_size=G), tiny)
     for N in flags.sizes:
         # Together they are several times what the largest cache holds.
         matrices = [prepared(*matrix(seed, N, N)) for seed in range(copies(N * N // 4))]
@@ -212,10 +213,10 @@ def main() -> None:
                     if tile
                     else "Triton"
                 )
-                run = partial(triton.fused_by_columns, group_size=G, tile=tile)
+                run = partial(triton.fused, group_size=G, tile=tile)
                 timed(f"{N}: M={M} {cut}", run, [(x, *both) for both in matrices], dense, flags.calls)
             if flags.mosaic:
-                run = partial(mosaic_gpu.few_rows_by_columns, group_size=G)
+                run = partial(mosaic_gpu.few_rows, group_size=G)
                 timed(f"{N}: M={M} Mosaic", run, [(x, *both) for both in matrices], dense, flags.calls)
             if M > 1 and flags.sizes[0] == N:
                 parts(N, M, triton.tile_of(M, N, packed_width(N)), matrices)

@@ -41,7 +41,7 @@ def kernel() -> tuple[Compiled, tuple[int, ...]]:
         jax.ShapeDtypeStruct((SIDE, width), jnp.uint8),
         jax.ShapeDtypeStruct((groups, SIDE), jnp.bfloat16),
     )
-    jax.eval_shape(lambda *given: triton.fused_by_columns(*given, group_size=GROUP), *shapes)
+    jax.eval_shape(lambda *given: triton.fused(*given, group_size=GROUP), *shapes)
     cut = triton.cut_of(SIDE, width, GROUP, triton.tile_of(1, SIDE, width))
     return found[0], (cut.classes * cut.blocks, cut.splits)
 

@@ -64,10 +64,10 @@ def main() -> None:
             sets = [(x, *both) for both in matrices]
             dense = timing.timed(f"{N}: M={M} jnp.dot", lambda x, w: jnp.dot(x, w.T), [(x, w) for w in weights])
             tile = triton.tile_of(M, N, P)
-            run = partial(triton.fused_by_columns, group_size=timing.G, tile=tile)
+            run = partial(triton.fused, group_size=timing.G, tile=tile)
             timing.timed(f"{N}: M={M} Triton", run, sets, dense, CALLS)
             wide = padded(M, 8)
-            mosaic = partial(mosaic_gpu.few_rows_by_columns, group_size=timing.G)
+            mosaic = partial(mosaic_gpu.few_rows, group_size=timing.G)
             for warpgroups in flags.warpgroups:
                 cut = mosaic_gpu.cut_with(warpgroups, N, P, wide)
                 chosen = " (chosen)" if cut == mosaic_gpu.cut_of(N, P, wide) else ""

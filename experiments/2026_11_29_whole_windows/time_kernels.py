@@ -11,9 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "2026_11_21_kernels"))
 
@@ -21,21 +18,12 @@ import time_few_rows as timing
 from fixed_point_kernel import one_row
 
 from arbs_kernels.codec import packed_width
-from arbs_kernels.packed_matmul import mosaic_gpu, triton
-from arbs_kernels.packed_matmul.prepared import prepared_scale
+from arbs_kernels.packed_matmul import mosaic_gpu, prepared_scale, triton
 from arbs_kernels.triton_launch import launch
 
 G = timing.G
 CUTS = {1: [(1, 4), (1, 8), (2, 8), (2, 16)], 8: [(1, 4), (1, 8), (2, 8), (3, 8)], 16: [(1, 8), (4, 8), (5, 8)]}
 """(Tiles of 16 rows, warps) of a program, by the largest number of rows of x."""
-
-
-def matrix(seed: int, N: int, K: int) -> tuple[np.ndarray, np.ndarray]:
-    """Packed trits, any bytes, and scales."""
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (N, packed_width(K)), np.uint8), np.exp2(rng.uniform(-4, 0, (N, -(-K // G)))).astype(
-        "f"
-    )
 
 
 def fixed_point(x: jax.Array, trits: jax.Array, columns: jax.Array, *, cut: tuple[int, int]) -> jax.Array:
@@ -62,16 +50,11 @@ def fixed_point(x: jax.Array, trits: jax.Array, columns: jax.Array, *, cut: tupl
 
 
 def checked(N: int, K: int, cut: tuple[int, int]) -> str:
-    """Largest error of `fixed_point` against float64 sums, of the sum of absolute values."""
-    trits, scale = matrix(1, N, K)
-    x = timing.normal(1, 1, K)
-    fraction = trits[:, None, :] * (3 ** np.arange(5, dtype=np.uint8))[:, None]
-    digits = (fraction.astype(np.int64) * 3 >> 8).reshape(N, -1)[:, :K] - 1
-    w = digits * np.repeat(scale.astype(ml_dtypes.bfloat16).astype(np.float64), G, axis=1)[:, :K]
-    got = jax.jit(partial(fixed_point, cut=cut))(x, trits, prepared_scale(jnp.asarray(scale)))
-    exact = x.astype(np.float64)
-    error = np.abs(np.asarray(got).astype(np.float64) - exact @ w.T) / (np.abs(exact) @ np.abs(w).T)
-    return f"{'ok' if np.max(error) < 2**-8 else 'WRONG'}, largest error {np.max(error):.1e}"
+    """The error of `fixed_point`."""
+    error = timing.largest_error(
+        lambda x, trits, scale: fixed_point(x, trits, prepared_scale(scale), cut=cut), 1, N, K, G
+    )
+    return f"{'ok' if error < 2**-8 else 'WRONG'}, largest error {error:.1e}"
 
 
 def main() -> None:
@@ -86,7 +69,7 @@ def main() -> None:
             timing.line(f"check 1x{case[0]}x{case[1]} {case[2]}", partial(checked, *case))
     for shape in flags.shapes:
         M, N, K = (int(size) for size in shape.split("x"))
-        matrices = [timing.prepared(*matrix(seed, N, K)) for seed in range(min(12, timing.copies(N * K // 4)))]
+        matrices = [timing.prepared(*timing.matrix(seed, N, K)) for seed in range(min(12, timing.copies(N * K // 4)))]
         weights = [
             jax.random.normal(jax.random.key(seed), (N, K), "bfloat16") for seed in range(timing.copies(2 * N * K))
         ]
@@ -94,14 +77,14 @@ def main() -> None:
         sets = [(x, *both) for both in matrices]
         dense = timing.timed(f"{shape}: jnp.dot", lambda x, w: jnp.dot(x, w.T), [(x, w) for w in weights])
         tile = triton.tile_of(M, N, packed_width(K))
-        timing.timed(f"{shape}: few_rows", partial(triton.fused_by_columns, group_size=G, tile=tile), sets, dense)
+        timing.timed(f"{shape}: few_rows", partial(triton.fused, group_size=G, tile=tile), sets, dense)
         for cut in next(cuts for rows, cuts in CUTS.items() if rows >= M):
             chosen = " (chosen)" if cut == triton.whole_cut(N, M) else ""
             timing.timed(f"{shape}: {cut}{chosen}", partial(triton.whole, group_size=G, cut=cut), sets, dense)
             if M == 1 and flags.fixed_point:
                 timing.timed(f"{shape}: {cut} in integers", partial(fixed_point, cut=cut), sets, dense)
         if M > 1:
-            timing.timed(f"{shape}: Mosaic", partial(mosaic_gpu.few_rows_by_columns, group_size=G), sets, dense)
+            timing.timed(f"{shape}: Mosaic", partial(mosaic_gpu.few_rows, group_size=G), sets, dense)
 
 
 if __name__ == "__main__":

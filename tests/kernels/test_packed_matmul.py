@@ -180,7 +180,7 @@ class TestMosaicGpu:
         matrix = random_matrix(rng, 200, 640, 32)
         x, exact_x = activations(rng, (8, 640), "bfloat16")
         cut = mosaic_gpu.cut_with(warpgroups, 200, matrix.trits.shape[1], 8)
-        product = partial(mosaic_gpu.few_rows_by_columns, group_size=32, cut=cut)
+        product = partial(mosaic_gpu.few_rows, group_size=32, cut=cut)
         y = jax.jit(product)(x, matrix.trits, prepared_scale(matrix.scale))
         assert_within(y, exact_x @ matrix.weight.T, product_bound(exact_x, matrix.weight.T, "bfloat16"))
 

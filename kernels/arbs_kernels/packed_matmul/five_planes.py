@@ -10,6 +10,8 @@ DIGITS = 0xC000C000
 """Where the digits are; and what makes each one less when it is added."""
 FRACTIONS = 0x3FC03FC0
 """Where the next fractions are."""
+FACTORS = (3 * 64, 3, 3, 3, 3)
+"""What each plane multiplies by, the first one codes as they are."""
 
 
 def _planes_of_pair(pair: str, half: int, subtracted: tuple[int, ...]) -> str:
@@ -20,7 +22,7 @@ def _planes_of_pair(pair: str, half: int, subtracted: tuple[int, ...]) -> str:
     """
     code = []
     for plane in range(5):
-        code.append(f"mad.lo.u32 {pair}, {pair}, {192 if plane == 0 else 3}, less;")
+        code.append(f"mad.lo.u32 {pair}, {pair}, {FACTORS[plane]}, less;")
         code.append(f"and.b32 ${2 * plane + half}, {pair}, {DIGITS:#x};")
         if plane in subtracted:
             code.append(f"sub.u32 {pair}, {pair}, ${2 * plane + half};")

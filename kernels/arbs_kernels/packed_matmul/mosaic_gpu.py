@@ -25,7 +25,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from arbs_kernels.backends import is_interpreted
 from arbs_kernels.codec import TRITS_PER_BYTE
 from arbs_kernels.mosaic_support import SHARED_BYTES, check_hopper, multiprocessors, padded
-from arbs_kernels.packed_matmul.five_planes import DIGITS, FRACTIONS
+from arbs_kernels.packed_matmul.five_planes import DIGITS, FACTORS, FRACTIONS
 from arbs_kernels.packed_matmul.prepared import as_prepared
 from arbs_kernels.selection import UnsupportedError
 from arbs_kernels.triton_launch import one_by_one
@@ -263,7 +263,7 @@ def plane_fragments(rest: Any, scale: Any, plane: int) -> tuple[Any, Any]:
         own = llvm.load(i16, at, alignment=2)
         for eighth in range(RUN // 8):
             word = mgpu.utils.bitcast(given[eighth, lower], i32)
-            word = arith.addi(arith.muli(word, constant(192 if plane == 0 else 3)), digits)
+            word = arith.addi(arith.muli(word, constant(FACTORS[plane])), digits)
             trits = arith.andi(word, digits)
             value: Any = llvm.inline_asm(i32, [trits, own], SCALED, "=r,r,h")
             weights[eighth, lower] = mgpu.utils.bitcast(value, pair)
@@ -311,18 +311,11 @@ def forward(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int
     return one_by_one(few_rows, x, trits, scale, group_size=group_size)
 
 
-def few_rows(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) -> jax.Array:
+def few_rows(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int, cut: Cut | None = None) -> jax.Array:
     """`y = x W^T` for few rows of bfloat16."""
-    return few_rows_by_columns(x, trits, as_prepared(scale), group_size=group_size)
-
-
-def few_rows_by_columns(
-    x: jax.Array, trits: jax.Array, columns: jax.Array, *, group_size: int, cut: Cut | None = None
-) -> jax.Array:
-    """`few_rows` with scales that are prepared."""
     N, P = trits.shape
     cut = cut or cut_of(N, P, padded(x.shape[0], 8))
-    return launched(x, trits, columns, group_size=group_size, cut=cut, simulated=is_interpreted())
+    return launched(x, trits, as_prepared(scale), group_size=group_size, cut=cut, simulated=is_interpreted())
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "cut", "simulated"))

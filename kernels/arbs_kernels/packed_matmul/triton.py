@@ -217,16 +217,9 @@ def whole(
     )
 
 
-def fused(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int) -> jax.Array:
-    """`y = x W^T` for few rows of bfloat16."""
-    return fused_by_columns(x, trits, as_prepared(scale), group_size=group_size)
-
-
-def fused_by_columns(
-    x: jax.Array, trits: jax.Array, columns: jax.Array, *, group_size: int, tile: Tile | None = None
-) -> jax.Array:
-    """`fused` with scales that are prepared; with a tile by `few_rows` in any case."""
-    (M, K), (N, P) = x.shape, trits.shape
+def fused(x: jax.Array, trits: jax.Array, scale: jax.Array, *, group_size: int, tile: Tile | None = None) -> jax.Array:
+    """`y = x W^T` for few rows of bfloat16; with a tile by `few_rows` in any case."""
+    (M, K), (N, P), columns = x.shape, trits.shape, as_prepared(scale)
     if tile is None and is_whole((M, K), N, P, group_size):
         return whole(x, trits, columns, group_size=group_size)
     cut = cut_of(N, P, group_size, tile or tile_of(M, N, P))

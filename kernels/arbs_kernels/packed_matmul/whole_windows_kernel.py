@@ -26,6 +26,7 @@ WINDOW = tl.constexpr(32)
 @triton.jit
 def scale_at(scales_of, plane, byte, N: tl.constexpr, P: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
     """The address of a thread's scales of a plane of the window at `byte`."""
+    # The same, but the compiler does not see that of the first a constant and one quotient for all planes are left.
     group = plane * (P // G) + byte // G if P % G == 0 else (plane * P + byte) // G
     if R * G < 5 * P:
         group = tl.minimum(group, R - 1)
